@@ -1,0 +1,1 @@
+//! Finds or builds the guest kernel, and describes it.

@@ -1,0 +1,1 @@
+//! References, registry client, content-addressed store, OCI layout and docker-archive in and out.

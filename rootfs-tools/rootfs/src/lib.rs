@@ -1,0 +1,1 @@
+//! Layers to EROFS, the writable upper, the initramfs.

@@ -1,0 +1,1 @@
+//! The test harness: temporary stores, guests with deadlines, always cleaned up.

@@ -1,0 +1,2 @@
+//! The caisson command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What a container is on the host: bundle, state, sandbox, supervisor.
