@@ -1,12 +1,14 @@
 //! The messages between the host and the agent in the guest, and their framing. No I/O.
 //!
 //! One vsock connection from the host to port [`CONTROL_PORT`] carries [`ToAgent`] and [`FromAgent`] messages, each in a frame
-//! (see `frame`). Every stdin, stdout and stderr is a vsock connection of its own to [`STREAM_PORT`] that begins
+//! (see [`encode`] and [`Decoder`]). Every stdin, stdout and stderr is a vsock connection of its own to [`STREAM_PORT`] that begins
 //! with the stream's [`StreamToken`] in four little-endian bytes.
 #![cfg_attr(not(test), no_std)]
 extern crate alloc;
 
+mod frame;
 mod message;
+pub use frame::{Decoder, FrameError, MAX_MESSAGE_BYTES, encode};
 pub use message::*;
 
 /// The version of this protocol. Host and agent must agree on it exactly.
