@@ -29,16 +29,13 @@ impl fmt::Display for FrameError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLong(bytes) => {
-                write!(
-                    f,
-                    "a message of {bytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}"
-                )
+                write!(f, "a message of {bytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
             }
             Self::Garbage(_) => f.write_str("a frame holds no message that this version knows"),
             Self::Trailing(bytes) => write!(f, "a frame holds {bytes} bytes after its message"),
-            Self::Broken => f.write_str(
-                "an earlier frame of this connection was wrong; nothing more can be read from it",
-            ),
+            Self::Broken => {
+                f.write_str("an earlier frame of this connection was wrong; nothing more can be read from it")
+            }
         }
     }
 }
@@ -58,13 +55,9 @@ impl core::error::Error for FrameError {
 /// # Errors
 /// When the message is longer than [`MAX_MESSAGE_BYTES`].
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
-    let mut frame =
-        postcard::to_extend(message, Vec::from([0; HEADER_BYTES])).map_err(FrameError::Garbage)?;
+    let mut frame = postcard::to_extend(message, Vec::from([0; HEADER_BYTES])).map_err(FrameError::Garbage)?;
     let bytes = frame.len() - HEADER_BYTES;
-    let length = u32::try_from(bytes)
-        .ok()
-        .filter(|_| bytes <= MAX_MESSAGE_BYTES)
-        .ok_or(FrameError::TooLong(bytes))?;
+    let length = u32::try_from(bytes).ok().filter(|_| bytes <= MAX_MESSAGE_BYTES).ok_or(FrameError::TooLong(bytes))?;
     frame[..HEADER_BYTES].copy_from_slice(&length.to_le_bytes());
     Ok(frame)
 }
@@ -84,11 +77,7 @@ impl Decoder {
     /// A decoder at the start of a stream.
     #[must_use]
     pub const fn new() -> Self {
-        Self {
-            bytes: Vec::new(),
-            used: 0,
-            broken: false,
-        }
+        Self { bytes: Vec::new(), used: 0, broken: false }
     }
 
     /// Adds bytes that arrived. Call [`next`](Self::next) until it has no more before the next push, so that at most one
@@ -113,17 +102,13 @@ impl Decoder {
         }
         let result = self.decode();
         if result.is_err() {
-            *self = Self {
-                broken: true,
-                ..Self::new()
-            };
+            *self = Self { broken: true, ..Self::new() };
         }
         result
     }
 
     fn decode<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
-        let Some((header, rest)) = self.bytes[self.used..].split_first_chunk::<HEADER_BYTES>()
-        else {
+        let Some((header, rest)) = self.bytes[self.used..].split_first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*header) as usize;
@@ -133,8 +118,7 @@ impl Decoder {
         let Some(content) = rest.get(..length) else {
             return Ok(None);
         };
-        let (message, trailing) =
-            postcard::take_from_bytes(content).map_err(FrameError::Garbage)?;
+        let (message, trailing) = postcard::take_from_bytes(content).map_err(FrameError::Garbage)?;
         if !trailing.is_empty() {
             return Err(FrameError::Trailing(trailing.len()));
         }

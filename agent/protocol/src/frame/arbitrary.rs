@@ -1,8 +1,7 @@
 //! Makes a value of any `Deserialize` type from arbitrary bytes, so that the tests cover every message there is and will be.
 use alloc::string::String;
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, SeqAccess,
-    VariantAccess, Visitor,
+    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, IntoDeserializer, SeqAccess, VariantAccess, Visitor,
     value::{Error, U32Deserializer},
 };
 
@@ -29,9 +28,7 @@ impl Source<'_> {
     }
 
     fn text(&mut self) -> String {
-        (0..self.byte() % 12)
-            .map(|_| char::from_u32(u32::from(self.byte()) * 41).unwrap_or('/'))
-            .collect()
+        (0..self.byte() % 12).map(|_| char::from_u32(u32::from(self.byte()) * 41).unwrap_or('/')).collect()
     }
 }
 
@@ -61,30 +58,16 @@ impl<'de> Deserializer<'de> for &mut Source<'_> {
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        if self.byte() % 2 == 1 {
-            visitor.visit_some(self)
-        } else {
-            visitor.visit_none()
-        }
+        if self.byte() % 2 == 1 { visitor.visit_some(self) } else { visitor.visit_none() }
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         let length = usize::from(self.byte() % 6);
-        visitor.visit_seq(Elements {
-            source: self,
-            left: length,
-        })
+        visitor.visit_seq(Elements { source: self, left: length })
     }
 
-    fn deserialize_tuple<V: Visitor<'de>>(
-        self,
-        length: usize,
-        visitor: V,
-    ) -> Result<V::Value, Error> {
-        visitor.visit_seq(Elements {
-            source: self,
-            left: length,
-        })
+    fn deserialize_tuple<V: Visitor<'de>>(self, length: usize, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_seq(Elements { source: self, left: length })
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -96,11 +79,7 @@ impl<'de> Deserializer<'de> for &mut Source<'_> {
         self.deserialize_tuple(fields.len(), visitor)
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        visitor: V,
-    ) -> Result<V::Value, Error> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Error> {
         visitor.visit_newtype_struct(self)
     }
 
@@ -111,10 +90,7 @@ impl<'de> Deserializer<'de> for &mut Source<'_> {
         visitor: V,
     ) -> Result<V::Value, Error> {
         let index = u32::from(self.byte()) % u32::try_from(variants.len()).unwrap();
-        visitor.visit_enum(Variant {
-            source: self,
-            index,
-        })
+        visitor.visit_enum(Variant { source: self, index })
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Error> {
@@ -134,10 +110,7 @@ struct Elements<'a, 'b> {
 impl<'de> SeqAccess<'de> for Elements<'_, '_> {
     type Error = Error;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(
-        &mut self,
-        seed: T,
-    ) -> Result<Option<T::Value>, Error> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Error> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -176,11 +149,7 @@ impl<'de> VariantAccess<'de> for Variant<'_, '_> {
         self.source.deserialize_tuple(length, visitor)
     }
 
-    fn struct_variant<V: Visitor<'de>>(
-        self,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Error> {
+    fn struct_variant<V: Visitor<'de>>(self, fields: &'static [&'static str], visitor: V) -> Result<V::Value, Error> {
         self.source.deserialize_tuple(fields.len(), visitor)
     }
 }

@@ -29,15 +29,9 @@ fn read<T: DeserializeOwned>(stream: &[u8], pieces: &[usize]) -> (Vec<T>, Result
     (messages, Ok(()))
 }
 
-fn round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(
-    sources: &[Vec<u8>],
-    pieces: &[usize],
-) {
+fn round_trip<T: Serialize + DeserializeOwned + PartialEq + Debug>(sources: &[Vec<u8>], pieces: &[usize]) {
     let messages: Vec<T> = sources.iter().map(|source| value(source)).collect();
-    let stream: Vec<u8> = messages
-        .iter()
-        .flat_map(|message| encode(message).unwrap())
-        .collect();
+    let stream: Vec<u8> = messages.iter().flat_map(|message| encode(message).unwrap()).collect();
     let (got, result) = read::<T>(&stream, pieces);
     assert_eq!(result, Ok(()));
     assert_eq!(got, messages);
@@ -88,11 +82,7 @@ proptest! {
 
 #[test]
 fn the_frame_is_as_documented() {
-    let frame = encode(&ToAgent {
-        id: 5,
-        request: Request::Hello { version: 1 },
-    })
-    .unwrap();
+    let frame = encode(&ToAgent { id: 5, request: Request::Hello { version: 1 } }).unwrap();
     assert_eq!(frame, [3, 0, 0, 0, 5, 0, 1]);
 }
 
@@ -108,17 +98,10 @@ fn long_messages_are_refused_on_both_sides() {
 
 #[test]
 fn trailing_bytes_are_refused() {
-    let mut frame = encode(&FromAgent::Reply {
-        id: 1,
-        result: Ok(Reply::Done),
-    })
-    .unwrap();
+    let mut frame = encode(&FromAgent::Reply { id: 1, result: Ok(Reply::Done) }).unwrap();
     frame.push(0);
     frame[0] += 1;
-    assert_eq!(
-        read::<FromAgent>(&frame, &[100]).1,
-        Err(FrameError::Trailing(1))
-    );
+    assert_eq!(read::<FromAgent>(&frame, &[100]).1, Err(FrameError::Trailing(1)));
 }
 
 #[test]
@@ -129,10 +112,7 @@ fn announced_elements_are_not_allocated() {
     content.push(0x7f);
     let mut frame = u32::try_from(content.len()).unwrap().to_le_bytes().to_vec();
     frame.extend(content);
-    assert!(matches!(
-        read::<FromAgent>(&frame, &[100]).1,
-        Err(FrameError::Garbage(_))
-    ));
+    assert!(matches!(read::<FromAgent>(&frame, &[100]).1, Err(FrameError::Garbage(_))));
 }
 
 #[test]
