@@ -46,14 +46,8 @@ impl Bus {
     /// The range is empty, wraps, or overlaps another.
     pub fn insert(&mut self, base: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
         let error = || BusError::Range { base, len };
-        let last = base
-            .checked_add(len.checked_sub(1).ok_or_else(error)?)
-            .ok_or_else(error)?;
-        let overlaps = self
-            .ranges
-            .range(..=last)
-            .next_back()
-            .is_some_and(|(&b, &(l, _))| b + (l - 1) >= base);
+        let last = base.checked_add(len.checked_sub(1).ok_or_else(error)?).ok_or_else(error)?;
+        let overlaps = self.ranges.range(..=last).next_back().is_some_and(|(&b, &(l, _))| b + (l - 1) >= base);
         if overlaps {
             return Err(error());
         }
@@ -131,15 +125,8 @@ mod tests {
     #[test]
     fn an_access_outside_or_across_the_end_of_a_range_reaches_none() {
         let mut bus = Bus::default();
-        bus.insert(0x3f8, 8, Arc::new(Mutex::new(Recorder::default())))
-            .unwrap();
-        for (address, len) in [
-            (0x3f7, 1),
-            (0x400, 1),
-            (0x3ff, 2),
-            (0x3f8, 0),
-            (u64::MAX, 8),
-        ] {
+        bus.insert(0x3f8, 8, Arc::new(Mutex::new(Recorder::default()))).unwrap();
+        for (address, len) in [(0x3f7, 1), (0x400, 1), (0x3ff, 2), (0x3f8, 0), (u64::MAX, 8)] {
             let mut data = vec![0; len];
             assert!(!bus.read(address, &mut data), "{address:#x}+{len}");
             assert!(data.iter().all(|&b| b == 0xff));
@@ -152,18 +139,8 @@ mod tests {
         let device = || Arc::new(Mutex::new(Recorder::default()));
         let mut bus = Bus::default();
         bus.insert(0x1000, 0x1000, device()).unwrap();
-        for (base, len) in [
-            (0x1000, 1),
-            (0xfff, 2),
-            (0x1fff, 1),
-            (0, 0x10000),
-            (0, 0),
-            (u64::MAX, 2),
-        ] {
-            assert!(
-                bus.insert(base, len, device()).is_err(),
-                "{base:#x}+{len:#x}"
-            );
+        for (base, len) in [(0x1000, 1), (0xfff, 2), (0x1fff, 1), (0, 0x10000), (0, 0), (u64::MAX, 2)] {
+            assert!(bus.insert(base, len, device()).is_err(), "{base:#x}+{len:#x}");
         }
         bus.insert(0, 0x1000, device()).unwrap();
         bus.insert(0x2000, 1, device()).unwrap();

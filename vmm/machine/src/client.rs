@@ -117,11 +117,7 @@ impl Monitor {
     ///
     /// # Errors
     /// The configuration is invalid, or the process cannot be started. What fails later comes as [`Event::Ended`].
-    pub fn spawn(
-        exe: &Path,
-        config: &MachineConfig,
-        options: SpawnOptions,
-    ) -> Result<Self, ClientError> {
+    pub fn spawn(exe: &Path, config: &MachineConfig, options: SpawnOptions) -> Result<Self, ClientError> {
         let json = config.to_json()?;
         let config_file = memory_file(&json).map_err(ClientError::Channels)?;
         let (ours, theirs) = UnixStream::pair().map_err(ClientError::Channels)?;
@@ -144,10 +140,7 @@ impl Monitor {
         unsafe {
             command.pre_exec(move || prepare_child(inherited, parent));
         }
-        let child = command.spawn().map_err(|source| ClientError::Spawn {
-            exe: exe.to_owned(),
-            source,
-        })?;
+        let child = command.spawn().map_err(|source| ClientError::Spawn { exe: exe.to_owned(), source })?;
         let pid = child.id();
         let inbox = Arc::new(Inbox::default());
         let reader_inbox = Arc::clone(&inbox);
@@ -155,12 +148,7 @@ impl Monitor {
             .name("monitor-inbox".into())
             .spawn(move || reader_inbox.fill_from(receiver))
             .map_err(ClientError::Channels);
-        let monitor = Self {
-            pid,
-            child: Mutex::new(child),
-            sender: Mutex::new(ours),
-            inbox,
-        };
+        let monitor = Self { pid, child: Mutex::new(child), sender: Mutex::new(ours), inbox };
         started?;
         Ok(monitor)
     }
@@ -191,13 +179,7 @@ impl Monitor {
     /// # Errors
     /// As [`Monitor::pause`]; a machine that runs, or a directory that cannot be written.
     pub fn snapshot(&self, directory: &Path, deadline: Instant) -> Result<(), ClientError> {
-        self.request(
-            "snapshot",
-            &Request::Snapshot {
-                directory: directory.to_owned(),
-            },
-            deadline,
-        )
+        self.request("snapshot", &Request::Snapshot { directory: directory.to_owned() }, deadline)
     }
 
     /// Ends the monitor: asks, waits two seconds at most, kills, and reaps. Safe to call again.
@@ -236,20 +218,12 @@ impl Monitor {
         self.wait_for("report", deadline, |state| state.events.pop_front())
     }
 
-    fn request(
-        &self,
-        name: &'static str,
-        request: &Request,
-        deadline: Instant,
-    ) -> Result<(), ClientError> {
+    fn request(&self, name: &'static str, request: &Request, deadline: Instant) -> Result<(), ClientError> {
         let sender = lock(&self.sender);
         write_line(&*sender, request).map_err(ClientError::Send)?;
         match self.wait_for(name, Some(deadline), |state| state.replies.pop_front()) {
             Ok(Reply::Done) => Ok(()),
-            Ok(Reply::Error { message }) => Err(ClientError::Refused {
-                request: name,
-                message,
-            }),
+            Ok(Reply::Error { message }) => Err(ClientError::Refused { request: name, message }),
             Err(error) => {
                 lock(&self.inbox.state).orphans += 1;
                 Err(error)
@@ -270,27 +244,16 @@ impl Monitor {
             }
             if let Some(detail) = state.closed.clone() {
                 drop(state);
-                return Err(ClientError::Died {
-                    status: self.status_text(),
-                    detail,
-                });
+                return Err(ClientError::Died { status: self.status_text(), detail });
             }
             state = match deadline {
-                None => self
-                    .inbox
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner),
+                None => self.inbox.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         return Err(ClientError::Deadline { what });
                     }
-                    self.inbox
-                        .changed
-                        .wait_timeout(state, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
+                    self.inbox.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
@@ -304,8 +267,7 @@ impl Monitor {
             }
             thread::sleep(Duration::from_millis(2));
         }
-        self.kill()
-            .map_or_else(|e| e.to_string(), |s| s.to_string())
+        self.kill().map_or_else(|e| e.to_string(), |s| s.to_string())
     }
 }
 
@@ -327,13 +289,9 @@ impl Inbox {
             };
             let mut state = lock(&self.state);
             match serde_json::from_slice(&line) {
-                Ok(Message::Event(event)) if state.events.len() < MAX_EVENTS => {
-                    state.events.push_back(event)
-                }
+                Ok(Message::Event(event)) if state.events.len() < MAX_EVENTS => state.events.push_back(event),
                 Ok(Message::Reply(_)) if state.orphans > 0 => state.orphans -= 1,
-                Ok(Message::Reply(reply)) if state.replies.len() < MAX_EVENTS => {
-                    state.replies.push_back(reply)
-                }
+                Ok(Message::Reply(reply)) if state.replies.len() < MAX_EVENTS => state.replies.push_back(reply),
                 Ok(_) => break ": it sends without being asked".to_owned(),
                 Err(error) => break format!(": it sent what is not a message: {error}"),
             }
@@ -374,13 +332,7 @@ fn prepare_child(inherited: [i32; 2], parent: u32) -> io::Result<()> {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
         // Other threads of the parent may have opened files that are to be inherited by their children, not by this.
-        if libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        ) != 0
-        {
+        if libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) != 0 {
             return Err(io::Error::last_os_error());
         }
         for fd in inherited {

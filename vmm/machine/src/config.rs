@@ -243,91 +243,34 @@ impl MachineConfig {
     /// # Errors
     /// Names the first field that is out of them.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        range(
-            "memory_mib",
-            self.memory_mib.into(),
-            MIN_MEMORY_MIB.into(),
-            MAX_MEMORY_MIB.into(),
-        )?;
+        range("memory_mib", self.memory_mib.into(), MIN_MEMORY_MIB.into(), MAX_MEMORY_MIB.into())?;
         range("vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
-        range(
-            "number of disks",
-            self.disks.len() as u64,
-            0,
-            MAX_DISKS as u64,
-        )?;
-        range(
-            "number of network interfaces",
-            self.net.len() as u64,
-            0,
-            MAX_NETS as u64,
-        )?;
-        range(
-            "number of shares",
-            self.shares.len() as u64,
-            0,
-            MAX_SHARES as u64,
-        )?;
-        let devices = 1
-            + usize::from(self.vsock.is_some())
-            + self.disks.len()
-            + self.net.len()
-            + self.shares.len();
+        range("number of disks", self.disks.len() as u64, 0, MAX_DISKS as u64)?;
+        range("number of network interfaces", self.net.len() as u64, 0, MAX_NETS as u64)?;
+        range("number of shares", self.shares.len() as u64, 0, MAX_SHARES as u64)?;
+        let devices = 1 + usize::from(self.vsock.is_some()) + self.disks.len() + self.net.len() + self.shares.len();
         range("number of devices", devices as u64, 0, MAX_DEVICES as u64)?;
-        range(
-            "length of command_line",
-            self.command_line.len() as u64,
-            0,
-            MAX_COMMAND_LINE_BYTES as u64,
-        )?;
-        if self
-            .command_line
-            .bytes()
-            .any(|b| !(0x20..0x7f).contains(&b))
-        {
-            return Err(text(
-                "command_line",
-                "has a character that is not printable ASCII",
-            ));
+        range("length of command_line", self.command_line.len() as u64, 0, MAX_COMMAND_LINE_BYTES as u64)?;
+        if self.command_line.bytes().any(|b| !(0x20..0x7f).contains(&b)) {
+            return Err(text("command_line", "has a character that is not printable ASCII"));
         }
-        range(
-            "length of identity",
-            self.identity.len() as u64,
-            0,
-            MAX_IDENTITY_BYTES as u64,
-        )?;
+        range("length of identity", self.identity.len() as u64, 0, MAX_IDENTITY_BYTES as u64)?;
         path("kernel", &self.kernel)?;
-        for (field, value) in [
-            ("initramfs", &self.initramfs),
-            ("serial", &self.serial),
-            ("restore", &self.restore),
-        ] {
+        for (field, value) in [("initramfs", &self.initramfs), ("serial", &self.serial), ("restore", &self.restore)] {
             value.as_deref().map_or(Ok(()), |v| path(field, v))?;
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            disk.path
-                .as_deref()
-                .map_or(Ok(()), |v| path(&format!("disks[{index}].path"), v))?;
+            disk.path.as_deref().map_or(Ok(()), |v| path(&format!("disks[{index}].path"), v))?;
         }
         if let Some(vsock) = &self.vsock {
-            range(
-                "vsock.guest_cid",
-                vsock.guest_cid.into(),
-                3,
-                u64::from(u32::MAX) - 1,
-            )?;
+            range("vsock.guest_cid", vsock.guest_cid.into(), 3, u64::from(u32::MAX) - 1)?;
             path("vsock.directory", &vsock.directory)?;
         }
         for (index, net) in self.net.iter().enumerate() {
             if let Some(tap) = &net.tap
-                && (tap.is_empty()
-                    || tap.len() > 15
-                    || tap.bytes().any(|b| b == b'/' || !b.is_ascii_graphic()))
+                && (tap.is_empty() || tap.len() > 15 || tap.bytes().any(|b| b == b'/' || !b.is_ascii_graphic()))
             {
-                return Err(text(
-                    format!("net[{index}].tap"),
-                    "is not the name of a network interface",
-                ));
+                return Err(text(format!("net[{index}].tap"), "is not the name of a network interface"));
             }
             if net.mac[0] & 1 != 0 {
                 return Err(text(format!("net[{index}].mac"), "is a multicast address"));
@@ -335,44 +278,23 @@ impl MachineConfig {
         }
         for (index, share) in self.shares.iter().enumerate() {
             if share.tag.is_empty() || share.tag.len() > MAX_TAG_BYTES || share.tag.contains('\0') {
-                return Err(text(
-                    format!("shares[{index}].tag"),
-                    "must have 1 to 36 bytes and no zero",
-                ));
+                return Err(text(format!("shares[{index}].tag"), "must have 1 to 36 bytes and no zero"));
             }
             if self.shares[..index].iter().any(|s| s.tag == share.tag) {
-                return Err(text(
-                    format!("shares[{index}].tag"),
-                    "is that of another share",
-                ));
+                return Err(text(format!("shares[{index}].tag"), "is that of another share"));
             }
-            share
-                .socket
-                .as_deref()
-                .map_or(Ok(()), |v| path(&format!("shares[{index}].socket"), v))?;
+            share.socket.as_deref().map_or(Ok(()), |v| path(&format!("shares[{index}].socket"), v))?;
         }
         Ok(())
     }
 }
 
 fn range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
-    if (min..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(ConfigError::Range {
-            field,
-            value,
-            min,
-            max,
-        })
-    }
+    if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::Range { field, value, min, max }) }
 }
 
 fn text(field: impl Into<String>, problem: &'static str) -> ConfigError {
-    ConfigError::Text {
-        field: field.into(),
-        problem,
-    }
+    ConfigError::Text { field: field.into(), problem }
 }
 
 /// The monitor runs in another directory than who configures it: only absolute paths mean the same to both.

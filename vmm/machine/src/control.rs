@@ -103,9 +103,7 @@ pub enum Message {
 impl Reply {
     /// An error reply, cut to the bound.
     pub fn error(message: &str) -> Self {
-        Self::Error {
-            message: cut(message),
-        }
+        Self::Error { message: cut(message) }
     }
 }
 
@@ -126,10 +124,7 @@ pub fn write_line<T: Serialize>(mut stream: impl Write, value: &T) -> io::Result
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
     if line.len() > MAX_LINE_BYTES {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "control line too long",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "control line too long"));
     }
     stream.write_all(&line)
 }
@@ -144,10 +139,7 @@ pub struct LineReader<R> {
 impl<R: Read> LineReader<R> {
     /// Reads lines from a stream.
     pub fn new(stream: R) -> Self {
-        Self {
-            stream,
-            buffer: Vec::new(),
-        }
+        Self { stream, buffer: Vec::new() }
     }
 
     /// The stream below.
@@ -168,10 +160,7 @@ impl<R: Read> LineReader<R> {
                 return Ok(Some(line));
             }
             if self.buffer.len() >= MAX_LINE_BYTES {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    "control line too long",
-                ));
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "control line too long"));
             }
             let mut chunk = [0; 4096];
             let room = chunk.len().min(MAX_LINE_BYTES - self.buffer.len());
@@ -195,13 +184,7 @@ mod tests {
     fn the_wire_format_is_as_documented() {
         let mut line = Vec::new();
         write_line(&mut line, &Request::Pause).unwrap();
-        write_line(
-            &mut line,
-            &Request::Snapshot {
-                directory: "/s".into(),
-            },
-        )
-        .unwrap();
+        write_line(&mut line, &Request::Snapshot { directory: "/s".into() }).unwrap();
         write_line(&mut line, &Reply::Done).unwrap();
         write_line(&mut line, &Event::Running { setup_ns: 7 }).unwrap();
         assert_eq!(
@@ -220,10 +203,7 @@ mod tests {
             Message::Event(Event::Ended {
                 reason: EndReason::Reset,
                 message: String::new(),
-                statistics: Statistics {
-                    exits: [("hlt".into(), 3)].into(),
-                    ..Statistics::default()
-                },
+                statistics: Statistics { exits: [("hlt".into(), 3)].into(), ..Statistics::default() },
             }),
         ];
         let mut stream = Vec::new();
@@ -241,24 +221,11 @@ mod tests {
     #[test]
     fn lines_are_bounded_and_whole() {
         let long = vec![b'x'; MAX_LINE_BYTES + 1];
-        assert_eq!(
-            LineReader::new(&long[..]).next_line().unwrap_err().kind(),
-            io::ErrorKind::InvalidData
-        );
-        assert_eq!(
-            LineReader::new(&b"{"[..]).next_line().unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
+        assert_eq!(LineReader::new(&long[..]).next_line().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(LineReader::new(&b"{"[..]).next_line().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         let mut just = vec![b'x'; MAX_LINE_BYTES - 1];
         just.push(b'\n');
-        assert_eq!(
-            LineReader::new(&just[..])
-                .next_line()
-                .unwrap()
-                .unwrap()
-                .len(),
-            MAX_LINE_BYTES - 1
-        );
+        assert_eq!(LineReader::new(&just[..]).next_line().unwrap().unwrap().len(), MAX_LINE_BYTES - 1);
     }
 
     #[test]
