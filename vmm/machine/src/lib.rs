@@ -8,3 +8,4 @@ pub mod bus;
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod virtio;
