@@ -1,1 +1,2 @@
 //! Dockerfile to image; RUN steps execute in a guest.
+pub mod dockerfile;
