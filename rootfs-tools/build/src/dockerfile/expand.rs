@@ -24,9 +24,7 @@ pub enum ExpandError {
     #[error("${{{0}}} does not begin with a variable's name")]
     Name(String),
     /// An unknown modifier.
-    #[error(
-        "${{{name}{modifier}...}}: there is no such modifier; there are :- - :+ + :? ? # ## % %% / //"
-    )]
+    #[error("${{{name}{modifier}...}}: there is no such modifier; there are :- - :+ + :? ? # ## % %% / //")]
     Modifier {
         /// The variable.
         name: String,
@@ -53,11 +51,7 @@ pub fn expand(word: &str, escape: char, lookup: Lookup<'_>) -> Result<String, Ex
 }
 
 /// Expands and splits at white space outside quotes, that of expanded values included.
-pub fn expand_words(
-    text: &str,
-    escape: char,
-    lookup: Lookup<'_>,
-) -> Result<Vec<String>, ExpandError> {
+pub fn expand_words(text: &str, escape: char, lookup: Lookup<'_>) -> Result<Vec<String>, ExpandError> {
     run(text, escape, lookup, Mode::Words)
 }
 
@@ -74,22 +68,9 @@ enum Mode {
     Heredoc,
 }
 
-fn run(
-    text: &str,
-    escape: char,
-    lookup: Lookup<'_>,
-    mode: Mode,
-) -> Result<Vec<String>, ExpandError> {
-    let mut expander = Expander {
-        chars: text.chars().peekable(),
-        escape,
-        lookup,
-        depth: 0,
-    };
-    let mut output = Output {
-        mode,
-        ..Output::default()
-    };
+fn run(text: &str, escape: char, lookup: Lookup<'_>, mode: Mode) -> Result<Vec<String>, ExpandError> {
+    let mut expander = Expander { chars: text.chars().peekable(), escape, lookup, depth: 0 };
+    let mut output = Output { mode, ..Output::default() };
     expander.until(&mut output, None)?;
     Ok(output.finish())
 }
@@ -104,12 +85,7 @@ struct Output {
 
 impl Default for Output {
     fn default() -> Self {
-        Self {
-            mode: Mode::Word,
-            words: Vec::new(),
-            word: String::new(),
-            present: false,
-        }
+        Self { mode: Mode::Word, words: Vec::new(), word: String::new(), present: false }
     }
 }
 
@@ -295,10 +271,7 @@ impl Expander<'_> {
                     return Err(ExpandError::Brace);
                 };
                 if !"-+?".contains(kind) {
-                    return Err(ExpandError::Modifier {
-                        name,
-                        modifier: format!(":{kind}"),
-                    });
+                    return Err(ExpandError::Modifier { name, modifier: format!(":{kind}") });
                 }
                 let value = value.filter(|value| !value.is_empty());
                 self.conditional(kind, &name, value)
@@ -313,31 +286,14 @@ impl Expander<'_> {
             '/' => {
                 let all = self.chars.next_if_eq(&'/').is_some();
                 let (pattern, ended) = self.pattern_operand()?;
-                let replacement = if ended {
-                    String::new()
-                } else {
-                    self.operand('}')?
-                };
-                Ok(replace(
-                    &value.unwrap_or_default(),
-                    &pattern,
-                    &replacement,
-                    all,
-                ))
+                let replacement = if ended { String::new() } else { self.operand('}')? };
+                Ok(replace(&value.unwrap_or_default(), &pattern, &replacement, all))
             }
-            other => Err(ExpandError::Modifier {
-                name,
-                modifier: other.to_string(),
-            }),
+            other => Err(ExpandError::Modifier { name, modifier: other.to_string() }),
         }
     }
 
-    fn conditional(
-        &mut self,
-        kind: char,
-        name: &str,
-        value: Option<String>,
-    ) -> Result<String, ExpandError> {
+    fn conditional(&mut self, kind: char, name: &str, value: Option<String>) -> Result<String, ExpandError> {
         let word = self.operand('}')?;
         match (kind, value) {
             ('-', Some(value)) => Ok(value),
@@ -347,11 +303,7 @@ impl Expander<'_> {
             (_, Some(value)) => Ok(value),
             (_, None) => Err(ExpandError::Required {
                 name: name.to_owned(),
-                message: if word.is_empty() {
-                    "is not set, and must be".to_owned()
-                } else {
-                    word
-                },
+                message: if word.is_empty() { "is not set, and must be".to_owned() } else { word },
             }),
         }
     }
@@ -418,11 +370,7 @@ fn matches(pattern: &[char], text: &[char]) -> bool {
             _ => return false,
         }
     }
-    pattern
-        .get(p..)
-        .unwrap_or_default()
-        .iter()
-        .all(|c| *c == '*')
+    pattern.get(p..).unwrap_or_default().iter().all(|c| *c == '*')
 }
 
 fn trim(value: &str, pattern: &str, front: bool, greedy: bool) -> String {
@@ -458,11 +406,7 @@ fn replace(value: &str, pattern: &str, replacement: &str, all: bool) -> String {
     while at < text.len() {
         let rest = text.get(at..).unwrap_or_default();
         let longest = (!done)
-            .then(|| {
-                (1..=rest.len())
-                    .rev()
-                    .find(|length| matches(&pattern, rest.get(..*length).unwrap_or_default()))
-            })
+            .then(|| (1..=rest.len()).rev().find(|length| matches(&pattern, rest.get(..*length).unwrap_or_default())))
             .flatten();
         match longest {
             Some(length) if result.len() <= MAX_EXPANDED_BYTES => {

@@ -42,25 +42,14 @@ pub(crate) fn parse_word(word: &str) -> Option<Heredoc> {
             (_, c) => name.push(c),
         }
     }
-    let plain = name
-        .chars()
-        .all(|c| !c.is_whitespace() && !";|&()`$".contains(c));
+    let plain = name.chars().all(|c| !c.is_whitespace() && !";|&()`$".contains(c));
     if quote.is_some() || name.is_empty() || !plain {
         return None;
     }
-    Some(Heredoc {
-        name,
-        word: word.to_owned(),
-        expand,
-        chomp,
-        content: String::new(),
-    })
+    Some(Heredoc { name, word: word.to_owned(), expand, chomp, content: String::new() })
 }
 
 /// The heredocs that an instruction's line opens, in order.
 pub(crate) fn opened_by(line: &str, escape: char) -> Vec<Heredoc> {
-    super::words::split_quoted(line, escape)
-        .iter()
-        .filter_map(|word| parse_word(word))
-        .collect()
+    super::words::split_quoted(line, escape).iter().filter_map(|word| parse_word(word)).collect()
 }

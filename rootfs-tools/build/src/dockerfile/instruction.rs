@@ -158,12 +158,7 @@ const KEYWORDS: [&str; 18] = [
 ];
 
 /// Parses an instruction other than FROM.
-pub(super) fn parse(
-    keyword: &str,
-    rest: &str,
-    heredocs: &[Heredoc],
-    escape: char,
-) -> Result<Instruction, Problem> {
+pub(super) fn parse(keyword: &str, rest: &str, heredocs: &[Heredoc], escape: char) -> Result<Instruction, Problem> {
     let name = keyword.to_ascii_uppercase();
     if !KEYWORDS.contains(&name.as_str()) {
         return Err(unknown(keyword));
@@ -174,10 +169,7 @@ pub(super) fn parse(
         (Vec::new(), rest)
     };
     if rest.is_empty() {
-        return Err(Problem::new(
-            format!("{name} needs at least one operand"),
-            "",
-        ));
+        return Err(Problem::new(format!("{name} needs at least one operand"), ""));
     }
     Ok(match name.as_str() {
         "RUN" => Instruction::Run(run(flags, rest, heredocs)?),
@@ -229,10 +221,7 @@ pub(super) fn parse(
 pub(super) fn check_trigger(keyword: &str) -> Result<(), Problem> {
     for refused in ["ONBUILD", "FROM", "MAINTAINER"] {
         if keyword.eq_ignore_ascii_case(refused) {
-            return Err(Problem::new(
-                format!("{refused} cannot be a trigger of ONBUILD"),
-                "use any other instruction",
-            ));
+            return Err(Problem::new(format!("{refused} cannot be a trigger of ONBUILD"), "use any other instruction"));
         }
     }
     Ok(())
@@ -240,10 +229,7 @@ pub(super) fn check_trigger(keyword: &str) -> Result<(), Problem> {
 
 fn unknown(keyword: &str) -> Problem {
     let upper = keyword.to_ascii_uppercase();
-    let near = KEYWORDS
-        .iter()
-        .map(|known| (distance(&upper, known), known))
-        .min();
+    let near = KEYWORDS.iter().map(|known| (distance(&upper, known), known)).min();
     let help = match near {
         Some((1..=2, known)) => format!("did you mean {known}?"),
         _ => format!("the instructions are {}", KEYWORDS.join(", ")),
@@ -260,9 +246,7 @@ fn distance(a: &str, b: &str) -> usize {
         let mut previous = i;
         let mut left = i + 1;
         for (cell, y) in row.iter_mut().skip(1).zip(&b) {
-            let best = (previous + usize::from(x != *y))
-                .min(left + 1)
-                .min(*cell + 1);
+            let best = (previous + usize::from(x != *y)).min(left + 1).min(*cell + 1);
             previous = *cell;
             *cell = best;
             left = best;
@@ -307,18 +291,11 @@ pub(super) fn from(rest: &str, escape: char) -> Result<From, Problem> {
             ));
         }
     }
-    Ok(From {
-        image: image.clone(),
-        platform,
-        name,
-    })
+    Ok(From { image: image.clone(), platform, name })
 }
 
 fn unknown_flag(keyword: &str, flag: &Flag, known: &str) -> Problem {
-    Problem::new(
-        format!("{keyword} has no flag --{}", flag.name),
-        format!("it has {known}"),
-    )
+    Problem::new(format!("{keyword} has no flag --{}", flag.name), format!("it has {known}"))
 }
 
 fn command(rest: &str) -> Command {
@@ -352,11 +329,7 @@ fn run(flags: Vec<Flag>, rest: &str, heredocs: &[Heredoc]) -> Result<Run, Proble
                 flag.required()?;
             }
             _ => {
-                return Err(unknown_flag(
-                    "RUN",
-                    &flag,
-                    "--mount, --network and --security",
-                ));
+                return Err(unknown_flag("RUN", &flag, "--mount, --network and --security"));
             }
         }
     }
@@ -366,12 +339,7 @@ fn run(flags: Vec<Flag>, rest: &str, heredocs: &[Heredoc]) -> Result<Run, Proble
     {
         return Err(Problem::new("RUN [] runs nothing", "name a program"));
     }
-    Ok(Run {
-        command,
-        heredocs: heredocs.to_vec(),
-        mounts,
-        network,
-    })
+    Ok(Run { command, heredocs: heredocs.to_vec(), mounts, network })
 }
 
 fn mount(text: &str) -> Result<MountOptions, Problem> {
@@ -422,25 +390,14 @@ fn mount(text: &str) -> Result<MountOptions, Problem> {
             "use a deploy key with --mount=type=secret",
         ));
     }
-    let has_target = options
-        .iter()
-        .any(|(key, _)| key == "target" || key == "env");
+    let has_target = options.iter().any(|(key, _)| key == "target" || key == "env");
     if !has_target && kind != "secret" {
-        return Err(Problem::new(
-            format!("--mount=type={kind} has no target"),
-            "add target=/path",
-        ));
+        return Err(Problem::new(format!("--mount=type={kind} has no target"), "add target=/path"));
     }
     Ok(MountOptions { kind, options })
 }
 
-fn copy(
-    add: bool,
-    flags: Vec<Flag>,
-    rest: &str,
-    heredocs: &[Heredoc],
-    escape: char,
-) -> Result<Copy, Problem> {
+fn copy(add: bool, flags: Vec<Flag>, rest: &str, heredocs: &[Heredoc], escape: char) -> Result<Copy, Problem> {
     let keyword = if add { "ADD" } else { "COPY" };
     let mut copy = Copy {
         add,
@@ -507,16 +464,8 @@ fn copy(
         copy.sources.push(source);
     }
     copy.destination = destination;
-    if copy.from.is_some()
-        && copy
-            .sources
-            .iter()
-            .any(|source| matches!(source, CopySource::Heredoc(_)))
-    {
-        return Err(Problem::new(
-            "a heredoc cannot be copied --from elsewhere",
-            "use two COPY instructions",
-        ));
+    if copy.from.is_some() && copy.sources.iter().any(|source| matches!(source, CopySource::Heredoc(_))) {
+        return Err(Problem::new("a heredoc cannot be copied --from elsewhere", "use two COPY instructions"));
     }
     Ok(copy)
 }
@@ -530,10 +479,7 @@ fn args(rest: &str, escape: char) -> Result<Vec<(String, Option<String>)>, Probl
                 None => (word, None),
             };
             if name.is_empty() || name.contains(['"', '\'', '$']) {
-                return Err(Problem::new(
-                    format!("{name:?} cannot name an argument"),
-                    "write ARG name=default",
-                ));
+                return Err(Problem::new(format!("{name:?} cannot name an argument"), "write ARG name=default"));
             }
             Ok((name, default))
         })
@@ -551,9 +497,9 @@ fn healthcheck(flags: Vec<Flag>, rest: &str) -> Result<Healthcheck, Problem> {
             "start-interval" => check.start_interval_ns = Some(duration(&name, &flag.required()?)?),
             "retries" => {
                 let value = flag.required()?;
-                check.retries = Some(value.parse().map_err(|_| {
-                    Problem::new(format!("--retries={value} is not a whole number"), "")
-                })?);
+                check.retries = Some(
+                    value.parse().map_err(|_| Problem::new(format!("--retries={value} is not a whole number"), ""))?,
+                );
             }
             _ => {
                 let known = "--interval, --timeout, --start-period, --start-interval and --retries";
@@ -566,10 +512,7 @@ fn healthcheck(flags: Vec<Flag>, rest: &str) -> Result<Healthcheck, Problem> {
         return Ok(Healthcheck::default());
     }
     if !kind.eq_ignore_ascii_case("CMD") || operands.is_empty() {
-        return Err(Problem::new(
-            "HEALTHCHECK takes NONE, or CMD and a command",
-            "write HEALTHCHECK CMD command",
-        ));
+        return Err(Problem::new("HEALTHCHECK takes NONE, or CMD and a command", "write HEALTHCHECK CMD command"));
     }
     check.command = Some(command(operands));
     Ok(check)
@@ -577,25 +520,16 @@ fn healthcheck(flags: Vec<Flag>, rest: &str) -> Result<Healthcheck, Problem> {
 
 /// Reads a duration as Go writes it (`1m30s`, `500ms`), in nanoseconds.
 fn duration(name: &str, text: &str) -> Result<u64, Problem> {
-    let wrong = || {
-        Problem::new(
-            format!("--{name}={text} is not a duration"),
-            "write it as 30s, 1m30s or 500ms",
-        )
-    };
+    let wrong = || Problem::new(format!("--{name}={text} is not a duration"), "write it as 30s, 1m30s or 500ms");
     let mut rest = text;
     let mut total = 0f64;
     if rest.is_empty() {
         return Err(wrong());
     }
     while !rest.is_empty() {
-        let digits = rest
-            .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-            .ok_or_else(wrong)?;
+        let digits = rest.find(|c: char| !(c.is_ascii_digit() || c == '.')).ok_or_else(wrong)?;
         let (number, after) = rest.split_at(digits);
-        let letters = after
-            .find(|c: char| c.is_ascii_digit() || c == '.')
-            .unwrap_or(after.len());
+        let letters = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
         let (unit, after) = after.split_at(letters);
         let factor = match unit {
             "ns" => 1.0,

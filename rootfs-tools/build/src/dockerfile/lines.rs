@@ -20,10 +20,7 @@ type LineProblem = (usize, String, Problem);
 /// Splits a Dockerfile. Gives the escape character and the logical lines.
 pub(crate) fn read(text: &str) -> Result<(char, Vec<LogicalLine>), LineProblem> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let lines: Vec<&str> = text
-        .split('\n')
-        .map(|line| line.strip_suffix('\r').unwrap_or(line))
-        .collect();
+    let lines: Vec<&str> = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line)).collect();
     let escape = directives(&lines)?;
     let mut result = Vec::new();
     let mut next = 0;
@@ -53,17 +50,11 @@ pub(crate) fn read(text: &str) -> Result<(char, Vec<LogicalLine>), LineProblem> 
         let mut heredocs = Vec::new();
         if may_have_heredocs(&joined) {
             for mut heredoc in heredoc::opened_by(&joined, escape) {
-                next = body(&mut heredoc, &lines, next)
-                    .map_err(|problem| (start + 1, trimmed.to_owned(), problem))?;
+                next = body(&mut heredoc, &lines, next).map_err(|problem| (start + 1, trimmed.to_owned(), problem))?;
                 heredocs.push(heredoc);
             }
         }
-        result.push(LogicalLine {
-            line: start + 1,
-            first: trimmed.to_owned(),
-            text: joined,
-            heredocs,
-        });
+        result.push(LogicalLine { line: start + 1, first: trimmed.to_owned(), text: joined, heredocs });
     }
     Ok((escape, result))
 }
@@ -81,10 +72,7 @@ fn may_have_heredocs(text: &str) -> bool {
     if keyword.eq_ignore_ascii_case("ONBUILD") {
         (keyword, rest) = split_keyword(rest);
     }
-    rest.contains("<<")
-        && ["RUN", "COPY", "ADD"]
-            .iter()
-            .any(|name| keyword.eq_ignore_ascii_case(name))
+    rest.contains("<<") && ["RUN", "COPY", "ADD"].iter().any(|name| keyword.eq_ignore_ascii_case(name))
 }
 
 /// Reads a heredoc's body from `lines[next..]`; gives the line after it.
@@ -93,18 +81,11 @@ fn body(heredoc: &mut Heredoc, lines: &[&str], mut next: usize) -> Result<usize,
         let Some(line) = lines.get(next) else {
             return Err(Problem::new(
                 format!("the heredoc {} never ends", heredoc.name),
-                format!(
-                    "end it with a line that holds {} and nothing else",
-                    heredoc.name
-                ),
+                format!("end it with a line that holds {} and nothing else", heredoc.name),
             ));
         };
         next += 1;
-        let line = if heredoc.chomp {
-            line.trim_start_matches('\t')
-        } else {
-            line
-        };
+        let line = if heredoc.chomp { line.trim_start_matches('\t') } else { line };
         if line == heredoc.name {
             return Ok(next);
         }
@@ -132,14 +113,9 @@ fn directives(lines: &[&str]) -> Result<char, LineProblem> {
         let Some((key, value)) = directive(line) else {
             break;
         };
-        let problem = |message: String, help: &str| {
-            (index + 1, (*line).to_owned(), Problem::new(message, help))
-        };
+        let problem = |message: String, help: &str| (index + 1, (*line).to_owned(), Problem::new(message, help));
         if seen.contains(&key) {
-            return Err(problem(
-                format!("the parser directive {key} stands twice"),
-                "keep one of them",
-            ));
+            return Err(problem(format!("the parser directive {key} stands twice"), "keep one of them"));
         }
         match key.as_str() {
             "escape" => {
@@ -147,10 +123,7 @@ fn directives(lines: &[&str]) -> Result<char, LineProblem> {
                     "\\" => '\\',
                     "`" => '`',
                     other => {
-                        return Err(problem(
-                            format!("{other:?} cannot be the escape character"),
-                            "use \\ or `",
-                        ));
+                        return Err(problem(format!("{other:?} cannot be the escape character"), "use \\ or `"));
                     }
                 });
             }

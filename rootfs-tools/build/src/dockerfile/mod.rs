@@ -11,9 +11,7 @@ mod tests;
 
 pub use expand::{ExpandError, Lookup, expand, expand_heredoc, expand_words};
 pub use heredoc::Heredoc;
-pub use instruction::{
-    Command, Copy, CopySource, Healthcheck, Instruction, MountOptions, NetworkMode, Run,
-};
+pub use instruction::{Command, Copy, CopySource, Healthcheck, Instruction, MountOptions, NetworkMode, Run};
 
 use lines::LogicalLine;
 
@@ -61,10 +59,7 @@ pub(crate) struct Problem {
 
 impl Problem {
     pub(crate) fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: help.into(),
-        }
+        Self { message: message.into(), help: help.into() }
     }
 }
 
@@ -123,28 +118,13 @@ impl Dockerfile {
             help: problem.help,
         };
         if text.len() > MAX_DOCKERFILE_BYTES {
-            let message = format!(
-                "the file has {} bytes, more than {MAX_DOCKERFILE_BYTES}",
-                text.len()
-            );
-            return Err(at(
-                0,
-                "",
-                Problem::new(message, "is this a Dockerfile? choose another with -f"),
-            ));
+            let message = format!("the file has {} bytes, more than {MAX_DOCKERFILE_BYTES}", text.len());
+            return Err(at(0, "", Problem::new(message, "is this a Dockerfile? choose another with -f")));
         }
-        let (escape, lines) =
-            lines::read(text).map_err(|(line, text, problem)| at(line, &text, problem))?;
-        let mut file_ = Dockerfile {
-            file: file.to_owned(),
-            escape,
-            global_args: Vec::new(),
-            stages: Vec::new(),
-        };
+        let (escape, lines) = lines::read(text).map_err(|(line, text, problem)| at(line, &text, problem))?;
+        let mut file_ = Dockerfile { file: file.to_owned(), escape, global_args: Vec::new(), stages: Vec::new() };
         for line in &lines {
-            file_
-                .add(line)
-                .map_err(|problem| at(line.line, &line.first, problem))?;
+            file_.add(line).map_err(|problem| at(line.line, &line.first, problem))?;
         }
         if file_.stages.is_empty() {
             return Err(at(
@@ -160,36 +140,17 @@ impl Dockerfile {
     }
 
     /// An error at an instruction of this file.
-    pub fn error_at(
-        &self,
-        line: usize,
-        text: &str,
-        message: impl Into<String>,
-        help: impl Into<String>,
-    ) -> ParseError {
-        ParseError {
-            file: self.file.clone(),
-            line,
-            text: text.to_owned(),
-            message: message.into(),
-            help: help.into(),
-        }
+    pub fn error_at(&self, line: usize, text: &str, message: impl Into<String>, help: impl Into<String>) -> ParseError {
+        ParseError { file: self.file.clone(), line, text: text.to_owned(), message: message.into(), help: help.into() }
     }
 
     fn add(&mut self, line: &LogicalLine) -> Result<(), Problem> {
-        let located = |value| Located {
-            line: line.line,
-            text: line.text.clone(),
-            value,
-        };
+        let located = |value| Located { line: line.line, text: line.text.clone(), value };
         let (keyword, rest) = lines::split_keyword(&line.text);
         if keyword.eq_ignore_ascii_case("FROM") {
             let from = instruction::from(rest, self.escape)?;
             if let Some(name) = &from.name
-                && self
-                    .stages
-                    .iter()
-                    .any(|stage| stage.from.value.name.as_ref() == Some(name))
+                && self.stages.iter().any(|stage| stage.from.value.name.as_ref() == Some(name))
             {
                 return Err(Problem::new(
                     format!("a stage named {name} exists already"),
@@ -197,11 +158,7 @@ impl Dockerfile {
                 ));
             }
             self.stages.push(Stage {
-                from: Located {
-                    line: line.line,
-                    text: line.text.clone(),
-                    value: from,
-                },
+                from: Located { line: line.line, text: line.text.clone(), value: from },
                 instructions: Vec::new(),
             });
             return Ok(());
@@ -212,11 +169,7 @@ impl Dockerfile {
             None => match parsed {
                 Instruction::Arg(args) => {
                     for arg in args {
-                        self.global_args.push(Located {
-                            line: line.line,
-                            text: line.text.clone(),
-                            value: arg,
-                        });
+                        self.global_args.push(Located { line: line.line, text: line.text.clone(), value: arg });
                     }
                 }
                 _ => {
@@ -242,10 +195,7 @@ pub fn parse_trigger(text: &str) -> Result<Instruction, ParseError> {
     };
     let (_, lines) = lines::read(text).map_err(|(_, _, problem)| fail(problem))?;
     let [line] = lines.as_slice() else {
-        return Err(fail(Problem::new(
-            "a trigger is exactly one instruction",
-            "rebuild the base image",
-        )));
+        return Err(fail(Problem::new("a trigger is exactly one instruction", "rebuild the base image")));
     };
     let (keyword, rest) = lines::split_keyword(&line.text);
     instruction::check_trigger(keyword).map_err(fail)?;

@@ -46,9 +46,7 @@ fn continuations_comments_and_blank_lines() {
     let run = only("RUN one \\\n  # a comment\n\n  two \\  \n\tthree\n# end");
     let Instruction::Run(run) = run else { panic!() };
     assert_eq!(run.command, Command::Shell("one   two \tthree".into()));
-    let Instruction::Run(run) = only("RUN echo a\\\\\n") else {
-        panic!()
-    };
+    let Instruction::Run(run) = only("RUN echo a\\\\\n") else { panic!() };
     assert_eq!(run.command, Command::Shell("echo a\\\\".into()));
 }
 
@@ -56,9 +54,7 @@ fn continuations_comments_and_blank_lines() {
 fn escape_directive() {
     let file = parse("# syntax=docker/dockerfile:1\n# escape=`\nFROM scratch\nRUN dir `\n c:\\\n");
     assert_eq!(file.escape, '`');
-    let Instruction::Run(run) = &file.stages[0].instructions[0].value else {
-        panic!()
-    };
+    let Instruction::Run(run) = &file.stages[0].instructions[0].value else { panic!() };
     assert_eq!(run.command, Command::Shell("dir  c:\\".into()));
     assert_eq!(parse("# hello\n# escape=`\nFROM a").escape, '\\');
     assert_eq!(fail("# escape=x\nFROM a").line, 1);
@@ -67,26 +63,15 @@ fn escape_directive() {
 
 #[test]
 fn heredocs() {
-    let Instruction::Run(run) = only("RUN <<EOF\necho 1\n# not a comment\n\necho 2\nEOF\n") else {
-        panic!()
-    };
+    let Instruction::Run(run) = only("RUN <<EOF\necho 1\n# not a comment\n\necho 2\nEOF\n") else { panic!() };
     assert_eq!(run.heredocs.len(), 1);
-    assert_eq!(
-        run.heredocs[0].content,
-        "echo 1\n# not a comment\n\necho 2\n"
-    );
-    let Instruction::Copy(copy) = only("COPY <<-'A' <<B /dest/\n\tx $y\n\tA\nb\nB") else {
-        panic!()
-    };
-    let [CopySource::Heredoc(a), CopySource::Heredoc(b)] = copy.sources.as_slice() else {
-        panic!("{copy:?}")
-    };
+    assert_eq!(run.heredocs[0].content, "echo 1\n# not a comment\n\necho 2\n");
+    let Instruction::Copy(copy) = only("COPY <<-'A' <<B /dest/\n\tx $y\n\tA\nb\nB") else { panic!() };
+    let [CopySource::Heredoc(a), CopySource::Heredoc(b)] = copy.sources.as_slice() else { panic!("{copy:?}") };
     assert_eq!((a.name.as_str(), a.content.as_str()), ("A", "x $y\n"));
     assert!(!a.expand && b.expand);
     assert_eq!(b.content, "b\n");
-    let Instruction::Run(run) = only("RUN python3 - 3<<X && cat <<<here\nprint()\nX") else {
-        panic!()
-    };
+    let Instruction::Run(run) = only("RUN python3 - 3<<X && cat <<<here\nprint()\nX") else { panic!() };
     assert_eq!(run.heredocs.len(), 1);
     let error = fail("FROM a\nRUN <<EOF\nnever");
     assert_eq!(error.line, 2);
@@ -95,9 +80,9 @@ fn heredocs() {
 
 #[test]
 fn run_flags() {
-    let Instruction::Run(run) = only(
-        "RUN --mount=type=cache,dst=/c,id=x --mount=type=secret,id=s --network=none [\"a\", \"b c\"]",
-    ) else {
+    let Instruction::Run(run) =
+        only("RUN --mount=type=cache,dst=/c,id=x --mount=type=secret,id=s --network=none [\"a\", \"b c\"]")
+    else {
         panic!()
     };
     assert_eq!(run.command, Command::Exec(vec!["a".into(), "b c".into()]));
@@ -105,16 +90,13 @@ fn run_flags() {
     assert_eq!(run.mounts[0].kind, "cache");
     assert_eq!(run.mounts[0].options[0], ("target".into(), "/c".into()));
     // A line in brackets that is no JSON is the shell's.
-    let Instruction::Run(run) = only("RUN [ -f /x ] && true") else {
-        panic!()
-    };
+    let Instruction::Run(run) = only("RUN [ -f /x ] && true") else { panic!() };
     assert_eq!(run.command, Command::Shell("[ -f /x ] && true".into()));
 }
 
 #[test]
 fn copy_flags() {
-    let Instruction::Copy(copy) =
-        only("COPY --from=0 --chown=\"a:b\" --chmod=0755 --link --exclude=*.o a b/ /c/")
+    let Instruction::Copy(copy) = only("COPY --from=0 --chown=\"a:b\" --chmod=0755 --link --exclude=*.o a b/ /c/")
     else {
         panic!()
     };
@@ -123,9 +105,7 @@ fn copy_flags() {
     assert!(copy.link);
     assert_eq!(copy.sources.len(), 2);
     assert_eq!(copy.destination, "/c/");
-    let Instruction::Copy(copy) = only("ADD [\"a b\", \"/c d\"]") else {
-        panic!()
-    };
+    let Instruction::Copy(copy) = only("ADD [\"a b\", \"/c d\"]") else { panic!() };
     assert!(copy.add);
     assert_eq!(copy.sources, [CopySource::Path("a b".into())]);
 }
@@ -134,20 +114,10 @@ fn copy_flags() {
 fn pairs() {
     assert_eq!(
         only("ENV a=1 b=\"x y\" c=x\\ y"),
-        Instruction::Env(vec![
-            ("a".into(), "1".into()),
-            ("b".into(), "\"x y\"".into()),
-            ("c".into(), "x\\ y".into())
-        ])
+        Instruction::Env(vec![("a".into(), "1".into()), ("b".into(), "\"x y\"".into()), ("c".into(), "x\\ y".into())])
     );
-    assert_eq!(
-        only("ENV name the rest = of it"),
-        Instruction::Env(vec![("name".into(), "the rest = of it".into())])
-    );
-    assert_eq!(
-        only("LABEL \"k 1\"=v"),
-        Instruction::Label(vec![("\"k 1\"".into(), "v".into())])
-    );
+    assert_eq!(only("ENV name the rest = of it"), Instruction::Env(vec![("name".into(), "the rest = of it".into())]));
+    assert_eq!(only("LABEL \"k 1\"=v"), Instruction::Label(vec![("\"k 1\"".into(), "v".into())]));
     assert!(fail("FROM a\nENV a=1 b").message.contains("no ="));
 }
 
@@ -161,18 +131,9 @@ fn healthcheck_and_the_rest() {
     assert_eq!(check.interval_ns, Some(90_000_000_000));
     assert_eq!(check.timeout_ns, Some(500_000_000));
     assert_eq!(check.retries, Some(3));
-    assert_eq!(
-        only("HEALTHCHECK NONE"),
-        Instruction::Healthcheck(Healthcheck::default())
-    );
-    assert_eq!(
-        only("ONBUILD RUN make"),
-        Instruction::OnBuild("RUN make".into())
-    );
-    assert_eq!(
-        only("SHELL [\"/bin/bash\", \"-c\"]"),
-        Instruction::Shell(vec!["/bin/bash".into(), "-c".into()])
-    );
+    assert_eq!(only("HEALTHCHECK NONE"), Instruction::Healthcheck(Healthcheck::default()));
+    assert_eq!(only("ONBUILD RUN make"), Instruction::OnBuild("RUN make".into()));
+    assert_eq!(only("SHELL [\"/bin/bash\", \"-c\"]"), Instruction::Shell(vec!["/bin/bash".into(), "-c".into()]));
     for wrong in [
         "ONBUILD FROM x",
         "ONBUILD ONBUILD RUN x",
@@ -192,10 +153,7 @@ fn healthcheck_and_the_rest() {
 #[test]
 fn errors_show_line_and_advice() {
     let error = fail("FROM a\nRUNN make\n");
-    assert_eq!(
-        error.to_string(),
-        "Dockerfile:2: unknown instruction RUNN\n  2 | RUNN make\n  help: did you mean RUN?"
-    );
+    assert_eq!(error.to_string(), "Dockerfile:2: unknown instruction RUNN\n  2 | RUNN make\n  help: did you mean RUN?");
     assert!(fail("").to_string().contains("FROM"));
     assert!(fail("RUN x").message.contains("before the first FROM"));
 }
@@ -230,45 +188,23 @@ fn expansion() {
         ("", ""),
         ("a\"b c\"d", "ab cd"),
     ] {
-        assert_eq!(
-            expand(text, '\\', &variables).as_deref(),
-            Ok(expected),
-            "{text}"
-        );
+        assert_eq!(expand(text, '\\', &variables).as_deref(), Ok(expected), "{text}");
     }
-    assert_eq!(
-        expand("${x:?is needed}", '\\', &variables)
-            .unwrap_err()
-            .to_string(),
-        "x: is needed"
-    );
+    assert_eq!(expand("${x:?is needed}", '\\', &variables).unwrap_err().to_string(), "x: is needed");
     for wrong in ["${a", "${}", "\"", "'", "${a:=x}", "${a^}"] {
         assert!(expand(wrong, '\\', &variables).is_err(), "{wrong}");
     }
-    assert_eq!(
-        expand_words("80 $two \"$two\" ''", '\\', &variables).unwrap(),
-        ["80", "one", "two", "one two", ""]
-    );
-    assert_eq!(
-        expand::expand_heredoc("\"$a\" '\\$a' \\n\n", '\\', &variables).unwrap(),
-        "\"alpha\" '$a' \\n\n"
-    );
+    assert_eq!(expand_words("80 $two \"$two\" ''", '\\', &variables).unwrap(), ["80", "one", "two", "one two", ""]);
+    assert_eq!(expand::expand_heredoc("\"$a\" '\\$a' \\n\n", '\\', &variables).unwrap(), "\"alpha\" '$a' \\n\n");
 }
 
 #[test]
 fn triggers() {
-    assert!(matches!(
-        parse_trigger("COPY . /src").unwrap(),
-        Instruction::Copy(_)
-    ));
+    assert!(matches!(parse_trigger("COPY . /src").unwrap(), Instruction::Copy(_)));
     assert!(parse_trigger("FROM x").is_err());
     assert!(parse_trigger("RUN a\nRUN b").is_err());
-    let Instruction::OnBuild(text) = only("ONBUILD RUN <<EOF\nx\nEOF") else {
-        panic!()
-    };
-    let Instruction::Run(run) = parse_trigger(&text).unwrap() else {
-        panic!()
-    };
+    let Instruction::OnBuild(text) = only("ONBUILD RUN <<EOF\nx\nEOF") else { panic!() };
+    let Instruction::Run(run) = parse_trigger(&text).unwrap() else { panic!() };
     assert_eq!(run.heredocs[0].content, "x\n");
 }
 

@@ -58,10 +58,7 @@ impl Flag {
     pub(crate) fn required(self) -> Result<String, Problem> {
         match self.value {
             Some(value) if !value.is_empty() => Ok(value),
-            _ => Err(Problem::new(
-                format!("--{} has no value", self.name),
-                format!("write --{}=VALUE", self.name),
-            )),
+            _ => Err(Problem::new(format!("--{} has no value", self.name), format!("write --{}=VALUE", self.name))),
         }
     }
 
@@ -70,10 +67,7 @@ impl Flag {
         match self.value.as_deref() {
             None | Some("true") => Ok(true),
             Some("false") => Ok(false),
-            Some(other) => Err(Problem::new(
-                format!("--{} is true or false, not {other:?}", self.name),
-                "",
-            )),
+            Some(other) => Err(Problem::new(format!("--{} is true or false, not {other:?}", self.name), "")),
         }
     }
 }
@@ -117,14 +111,8 @@ pub(crate) fn flags(text: &str, escape: char) -> (Vec<Flag>, &str) {
         }
         let body = flag.get(2..).unwrap_or_default();
         found.push(match body.split_once('=') {
-            Some((name, value)) => Flag {
-                name: name.to_ascii_lowercase(),
-                value: Some(value.to_owned()),
-            },
-            None => Flag {
-                name: body.to_ascii_lowercase(),
-                value: None,
-            },
+            Some((name, value)) => Flag { name: name.to_ascii_lowercase(), value: Some(value.to_owned()) },
+            None => Flag { name: body.to_ascii_lowercase(), value: None },
         });
         rest = after;
     }
@@ -132,11 +120,7 @@ pub(crate) fn flags(text: &str, escape: char) -> (Vec<Flag>, &str) {
 }
 
 /// Reads `k=v k2="v 2"`, or the old form `k the rest`. Values keep their quotes, for the expansion to remove.
-pub(crate) fn pairs(
-    text: &str,
-    keyword: &str,
-    escape: char,
-) -> Result<Vec<(String, String)>, Problem> {
+pub(crate) fn pairs(text: &str, keyword: &str, escape: char) -> Result<Vec<(String, String)>, Problem> {
     let words = split_quoted(text, escape);
     let Some(first) = words.first() else {
         return Err(Problem::new(
@@ -145,11 +129,7 @@ pub(crate) fn pairs(
         ));
     };
     if !first.contains('=') {
-        let rest = text
-            .trim_start()
-            .get(first.len()..)
-            .unwrap_or_default()
-            .trim();
+        let rest = text.trim_start().get(first.len()..).unwrap_or_default().trim();
         if rest.is_empty() {
             return Err(Problem::new(
                 format!("{keyword} {first} has no value"),
@@ -161,10 +141,9 @@ pub(crate) fn pairs(
     words
         .into_iter()
         .map(|word| match word.split_once('=') {
-            Some(("", _)) => Err(Problem::new(
-                format!("{word} has no name before the ="),
-                format!("write {keyword} name=value"),
-            )),
+            Some(("", _)) => {
+                Err(Problem::new(format!("{word} has no name before the ="), format!("write {keyword} name=value")))
+            }
             Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
             None => Err(Problem::new(
                 format!("{word} has no = and value"),
