@@ -15,9 +15,7 @@ const TRAILER: &str = "TRAILER!!!";
 #[derive(Debug, thiserror::Error)]
 pub enum InitramfsError {
     /// The format has 32-bit sizes.
-    #[error(
-        "cannot put {path} of {len_bytes} bytes into an initramfs: cpio's newc format ends at 4 GiB"
-    )]
+    #[error("cannot put {path} of {len_bytes} bytes into an initramfs: cpio's newc format ends at 4 GiB")]
     TooLarge {
         /// The file.
         path: String,
@@ -25,9 +23,7 @@ pub enum InitramfsError {
         len_bytes: usize,
     },
     /// A name that the format or the kernel cannot hold.
-    #[error(
-        "cannot put {path:?} into an initramfs: a name must be relative, not empty, and hold no NUL"
-    )]
+    #[error("cannot put {path:?} into an initramfs: a name must be relative, not empty, and hold no NUL")]
     Name {
         /// The name.
         path: String,
@@ -76,13 +72,7 @@ impl Initramfs {
     ///
     /// # Errors
     /// If the name cannot be used.
-    pub fn char_device(
-        &mut self,
-        path: &str,
-        mode: u32,
-        major: u32,
-        minor: u32,
-    ) -> Result<(), InitramfsError> {
+    pub fn char_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) -> Result<(), InitramfsError> {
         self.entry(path, S_IFCHR | (mode & 0o7777), (major, minor), &[])
     }
 
@@ -96,61 +86,24 @@ impl Initramfs {
         self.bytes
     }
 
-    fn entry(
-        &mut self,
-        path: &str,
-        mode: u32,
-        device: (u32, u32),
-        content: &[u8],
-    ) -> Result<(), InitramfsError> {
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) -> Result<(), InitramfsError> {
         if path.is_empty() || path.starts_with('/') || path.contains('\0') || path == TRAILER {
-            return Err(InitramfsError::Name {
-                path: path.to_owned(),
-            });
+            return Err(InitramfsError::Name { path: path.to_owned() });
         }
         if u32::try_from(content.len()).is_err() {
-            return Err(InitramfsError::TooLarge {
-                path: path.to_owned(),
-                len_bytes: content.len(),
-            });
+            return Err(InitramfsError::TooLarge { path: path.to_owned(), len_bytes: content.len() });
         }
         self.entries += 1;
         self.append(self.entries, path, mode, device, content);
         Ok(())
     }
 
-    fn append(
-        &mut self,
-        inode: u32,
-        path: &str,
-        mode: u32,
-        (major, minor): (u32, u32),
-        content: &[u8],
-    ) {
-        let links = if mode & S_IFDIR != 0 && mode & S_IFREG == 0 {
-            2
-        } else {
-            1
-        };
-        let fields = [
-            inode,
-            mode,
-            0,
-            0,
-            links,
-            0,
-            content.len() as u32,
-            0,
-            0,
-            major,
-            minor,
-            path.len() as u32 + 1,
-            0,
-        ];
+    fn append(&mut self, inode: u32, path: &str, mode: u32, (major, minor): (u32, u32), content: &[u8]) {
+        let links = if mode & S_IFDIR != 0 && mode & S_IFREG == 0 { 2 } else { 1 };
+        let fields = [inode, mode, 0, 0, links, 0, content.len() as u32, 0, 0, major, minor, path.len() as u32 + 1, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -172,14 +125,9 @@ impl Initramfs {
 /// If the agent is 4 GiB or larger.
 pub fn agent_initramfs(agent: &[u8]) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = Initramfs::new();
-    for (path, mode) in [
-        ("dev", 0o755),
-        ("proc", 0o555),
-        ("sys", 0o555),
-        ("run", 0o755),
-        ("mnt", 0o755),
-        ("tmp", 0o1777),
-    ] {
+    for (path, mode) in
+        [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("mnt", 0o755), ("tmp", 0o1777)]
+    {
         archive.directory(path, mode)?;
     }
     archive.char_device("dev/console", 0o600, 5, 1)?;

@@ -28,8 +28,7 @@ pub(crate) fn copy(from: &File, to: &File) -> io::Result<()> {
         };
         let end = seek(from, SeekFrom::Hole(at))?.min(len);
         while at < end {
-            let wanted =
-                usize::try_from(end - at).map_or(CHUNK_BYTES, |rest| rest.min(CHUNK_BYTES));
+            let wanted = usize::try_from(end - at).map_or(CHUNK_BYTES, |rest| rest.min(CHUNK_BYTES));
             let chunk = &mut buffer[..wanted];
             from.read_exact_at(chunk, at)?;
             write_non_zero(to, chunk, at)?;

@@ -21,8 +21,7 @@ pub const MAX_SIZE_BYTES: u64 = 8 << 40;
 const FORMAT_VERSION: u32 = 1;
 const BLOCK_BYTES: u64 = 4096;
 /// Not `metadata_csum`, `gdt_csum`, `64bit`, `huge_file`, `resize_inode`: each costs the guest instructions and gains a container nothing.
-const FEATURES: &str =
-    "none,extent,filetype,sparse_super,large_file,flex_bg,dir_index,ext_attr,extra_isize,dir_nlink";
+const FEATURES: &str = "none,extent,filetype,sparse_super,large_file,flex_bg,dir_index,ext_attr,extra_isize,dir_nlink";
 /// In MiB, the smallest that mke2fs makes.
 const JOURNAL_MIB: u32 = 4;
 
@@ -56,9 +55,7 @@ impl Kind {
 #[derive(Debug, thiserror::Error)]
 pub enum UpperError {
     /// The size asked for is outside of what works.
-    #[error(
-        "cannot make a writable layer of {0} bytes: choose a size from {MIN_SIZE_BYTES} to {MAX_SIZE_BYTES} bytes"
-    )]
+    #[error("cannot make a writable layer of {0} bytes: choose a size from {MIN_SIZE_BYTES} to {MAX_SIZE_BYTES} bytes")]
     Size(u64),
     /// A file operation failed.
     #[error("cannot {action} {}", path.display())]
@@ -93,11 +90,7 @@ pub enum UpperError {
 }
 
 fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> UpperError + 'a {
-    move |source| UpperError::Io {
-        action,
-        path: path.to_owned(),
-        source,
-    }
+    move |source| UpperError::Io { action, path: path.to_owned(), source }
 }
 
 /// Formatted images, one per kind and size, in a directory.
@@ -122,12 +115,7 @@ impl UpperCache {
     ///
     /// # Errors
     /// If the size is out of range, mke2fs is missing or fails, or a file cannot be written; then `destination` does not exist.
-    pub fn create(
-        &self,
-        kind: Kind,
-        size_bytes: u64,
-        destination: &Path,
-    ) -> Result<(), UpperError> {
+    pub fn create(&self, kind: Kind, size_bytes: u64, destination: &Path) -> Result<(), UpperError> {
         let formatted = self.formatted(kind, size_bytes)?;
         let to = OpenOptions::new()
             .write(true)
@@ -137,11 +125,7 @@ impl UpperCache {
             .map_err(io_error("create the writable layer", destination))?;
         sparse::copy(&formatted, &to).map_err(|source| {
             let _ = fs::remove_file(destination);
-            UpperError::Io {
-                action: "copy a formatted image to",
-                path: destination.to_owned(),
-                source,
-            }
+            UpperError::Io { action: "copy a formatted image to", path: destination.to_owned(), source }
         })
     }
 
@@ -151,10 +135,7 @@ impl UpperCache {
             return Err(UpperError::Size(size_bytes));
         }
         let size_bytes = size_bytes.next_multiple_of(BLOCK_BYTES);
-        let path = self.directory.join(format!(
-            "{}-{size_bytes}-v{FORMAT_VERSION}.ext4",
-            kind.name()
-        ));
+        let path = self.directory.join(format!("{}-{size_bytes}-v{FORMAT_VERSION}.ext4", kind.name()));
         match File::open(&path) {
             Ok(file) => return Ok(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -167,8 +148,7 @@ impl UpperCache {
             .truncate(false)
             .open(&lock_path)
             .map_err(io_error("open", &lock_path))?;
-        flock(&lock, FlockOperation::LockExclusive)
-            .map_err(|error| io_error("lock", &lock_path)(error.into()))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|error| io_error("lock", &lock_path)(error.into()))?;
         if let Ok(file) = File::open(&path) {
             return Ok(file);
         }
@@ -194,38 +174,20 @@ fn format(kind: Kind, size_bytes: u64, work: &Path) -> Result<File, UpperError> 
     }
     let image_path = work.join("image");
     let image = File::create_new(&image_path).map_err(io_error("create", &image_path))?;
-    image
-        .set_len(size_bytes)
-        .map_err(io_error("set the size of", &image_path))?;
+    image.set_len(size_bytes).map_err(io_error("set the size of", &image_path))?;
     drop(image);
     let mut mke2fs = Command::new("mke2fs");
-    mke2fs.args([
-        "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-G", "256",
-    ]);
-    mke2fs.args([
-        "-E",
-        "lazy_itable_init=1,lazy_journal_init=1,nodiscard,packed_meta_blocks=1,root_owner=0:0",
-    ]);
+    mke2fs.args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-G", "256"]);
+    mke2fs.args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,packed_meta_blocks=1,root_owner=0:0"]);
     match kind {
         Kind::Throwaway => mke2fs.args(["-O", FEATURES]),
-        Kind::Kept => mke2fs.args([
-            "-O",
-            &format!("{FEATURES},has_journal"),
-            "-J",
-            &format!("size={JOURNAL_MIB}"),
-        ]),
+        Kind::Kept => mke2fs.args(["-O", &format!("{FEATURES},has_journal"), "-J", &format!("size={JOURNAL_MIB}")]),
     };
     mke2fs.arg("-d").arg(&skeleton).arg(&image_path);
     run("mke2fs", mke2fs, &image_path)?;
     // tune2fs -E takes one mount option only: it splits at the comma.
     let mut debugfs = Command::new("debugfs");
-    debugfs
-        .args([
-            "-w",
-            "-R",
-            &format!("set_super_value mount_opts {}", kind.mount_options()),
-        ])
-        .arg(&image_path);
+    debugfs.args(["-w", "-R", &format!("set_super_value mount_opts {}", kind.mount_options())]).arg(&image_path);
     run("debugfs", debugfs, &image_path)?;
     File::open(&image_path).map_err(io_error("open", &image_path))
 }
@@ -233,21 +195,13 @@ fn format(kind: Kind, size_bytes: u64, work: &Path) -> Result<File, UpperError> 
 fn run(program: &'static str, mut command: Command, image: &Path) -> Result<(), UpperError> {
     // Some users' PATH lacks the directory where e2fsprogs is.
     let path = std::env::var("PATH").unwrap_or_default();
-    command
-        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
-        .stdin(Stdio::null());
-    let output = command
-        .output()
-        .map_err(|source| UpperError::Start { program, source })?;
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).stdin(Stdio::null());
+    let output = command.output().map_err(|source| UpperError::Start { program, source })?;
     if output.status.success() {
         return Ok(());
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(UpperError::Format {
-        program,
-        path: image.to_owned(),
-        message,
-    })
+    Err(UpperError::Format { program, path: image.to_owned(), message })
 }
 
 #[cfg(test)]

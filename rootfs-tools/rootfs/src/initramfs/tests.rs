@@ -5,10 +5,7 @@ use std::process::{Command, Stdio};
 
 #[test]
 fn the_same_calls_give_the_same_bytes() {
-    assert_eq!(
-        agent_initramfs(b"agent").unwrap(),
-        agent_initramfs(b"agent").unwrap()
-    );
+    assert_eq!(agent_initramfs(b"agent").unwrap(), agent_initramfs(b"agent").unwrap());
 }
 
 #[test]
@@ -22,13 +19,10 @@ fn headers_are_newc_and_aligned() {
         assert_eq!(&archive[at..at + 6], b"070701");
         let field = |index: usize| {
             let start = at + 6 + index * 8;
-            usize::from_str_radix(std::str::from_utf8(&archive[start..start + 8]).unwrap(), 16)
-                .unwrap()
+            usize::from_str_radix(std::str::from_utf8(&archive[start..start + 8]).unwrap(), 16).unwrap()
         };
         let (size, name_size) = (field(6), field(11));
-        let name = std::str::from_utf8(&archive[at + 110..at + 110 + name_size - 1])
-            .unwrap()
-            .to_owned();
+        let name = std::str::from_utf8(&archive[at + 110..at + 110 + name_size - 1]).unwrap().to_owned();
         let data = (at + 110 + name_size).next_multiple_of(4);
         if name == "init" {
             assert_eq!(&archive[data..data + size], b"12345");
@@ -40,19 +34,13 @@ fn headers_are_newc_and_aligned() {
             break;
         }
     }
-    assert!(
-        names.iter().position(|name| name == "dev")
-            < names.iter().position(|name| name == "dev/console")
-    );
+    assert!(names.iter().position(|name| name == "dev") < names.iter().position(|name| name == "dev/console"));
 }
 
 #[test]
 fn cpio_lists_it() {
-    let Ok(mut child) = Command::new("cpio")
-        .args(["-itv", "--quiet"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
+    let Ok(mut child) =
+        Command::new("cpio").args(["-itv", "--quiet"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
     else {
         println!("skipped: no cpio");
         return;
@@ -64,27 +52,14 @@ fn cpio_lists_it() {
     let output = child.wait_with_output().unwrap();
     let listing = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{listing}");
-    assert!(
-        listing
-            .lines()
-            .any(|line| line.starts_with("crw-------") && line.ends_with("dev/console")),
-        "{listing}"
-    );
-    assert!(
-        listing
-            .lines()
-            .any(|line| line.starts_with("-rwxr-xr-x") && line.ends_with("init")),
-        "{listing}"
-    );
+    assert!(listing.lines().any(|line| line.starts_with("crw-------") && line.ends_with("dev/console")), "{listing}");
+    assert!(listing.lines().any(|line| line.starts_with("-rwxr-xr-x") && line.ends_with("init")), "{listing}");
 }
 
 #[test]
 fn names_that_the_kernel_cannot_use_are_refused() {
     let mut archive = Initramfs::new();
     for name in ["", "/init", "a\0b", TRAILER] {
-        assert!(matches!(
-            archive.file(name, 0o644, b""),
-            Err(InitramfsError::Name { .. })
-        ));
+        assert!(matches!(archive.file(name, 0o644, b""), Err(InitramfsError::Name { .. })));
     }
 }

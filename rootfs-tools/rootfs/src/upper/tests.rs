@@ -3,24 +3,12 @@ use super::*;
 use std::os::unix::fs::MetadataExt;
 
 fn fsck(image: &Path) {
-    let output = Command::new("/usr/sbin/e2fsck")
-        .args(["-f", "-n"])
-        .arg(image)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout)
-    );
+    let output = Command::new("/usr/sbin/e2fsck").args(["-f", "-n"]).arg(image).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 fn features(image: &Path) -> String {
-    let output = Command::new("/usr/sbin/dumpe2fs")
-        .arg("-h")
-        .arg(image)
-        .output()
-        .unwrap();
+    let output = Command::new("/usr/sbin/dumpe2fs").arg("-h").arg(image).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -34,21 +22,10 @@ fn both_kinds_are_sound_sparse_and_have_their_directories() {
         fsck(&image);
         let metadata = fs::metadata(&image).unwrap();
         assert_eq!(metadata.len(), DEFAULT_SIZE_BYTES);
-        assert!(
-            metadata.blocks() * 512 < 4 << 20,
-            "{kind:?}: {} bytes are allocated",
-            metadata.blocks() * 512
-        );
-        let listing = Command::new("/usr/sbin/debugfs")
-            .args(["-R", "ls -p /"])
-            .arg(&image)
-            .output()
-            .unwrap();
+        assert!(metadata.blocks() * 512 < 4 << 20, "{kind:?}: {} bytes are allocated", metadata.blocks() * 512);
+        let listing = Command::new("/usr/sbin/debugfs").args(["-R", "ls -p /"]).arg(&image).output().unwrap();
         let listing = String::from_utf8(listing.stdout).unwrap();
-        assert!(
-            listing.contains("/040755/0/0/upper/") && listing.contains("/040755/0/0/work/"),
-            "{listing}"
-        );
+        assert!(listing.contains("/040755/0/0/upper/") && listing.contains("/040755/0/0/work/"), "{listing}");
         let about = features(&image);
         assert_eq!(about.contains("has_journal"), kind == Kind::Kept);
         assert!(!about.contains("metadata_csum") && !about.contains("uninit_bg"));
@@ -60,10 +37,7 @@ fn both_kinds_are_sound_sparse_and_have_their_directories() {
 fn the_formatted_image_is_made_once_and_copies_are_apart() {
     let directory = tempfile::tempdir().unwrap();
     let cache = UpperCache::open(directory.path().join("cache")).unwrap();
-    let (first, second) = (
-        directory.path().join("first"),
-        directory.path().join("second"),
-    );
+    let (first, second) = (directory.path().join("first"), directory.path().join("second"));
     cache.create(Kind::Throwaway, 64 << 20, &first).unwrap();
     let made = fs::metadata(directory.path().join("cache/throwaway-67108864-v1.ext4")).unwrap();
     fs::write(&first, b"spoilt").unwrap();
@@ -84,10 +58,7 @@ fn the_smallest_size_works_and_others_are_refused() {
     }
     let image = directory.path().join("none");
     for size in [0, MIN_SIZE_BYTES - 1, MAX_SIZE_BYTES + 1, u64::MAX] {
-        assert!(matches!(
-            cache.create(Kind::Kept, size, &image),
-            Err(UpperError::Size(_))
-        ));
+        assert!(matches!(cache.create(Kind::Kept, size, &image), Err(UpperError::Size(_))));
         assert!(!image.exists());
     }
 }
@@ -98,10 +69,6 @@ fn an_existing_destination_is_left_alone() {
     let cache = UpperCache::open(directory.path()).unwrap();
     let image = directory.path().join("mine");
     fs::write(&image, b"mine").unwrap();
-    assert!(
-        cache
-            .create(Kind::Throwaway, MIN_SIZE_BYTES, &image)
-            .is_err()
-    );
+    assert!(cache.create(Kind::Throwaway, MIN_SIZE_BYTES, &image).is_err());
     assert_eq!(fs::read(&image).unwrap(), b"mine");
 }
