@@ -14,12 +14,16 @@
 //! [`MmioTransport`], which keeps what the driver sees of a device: status, features, queue
 //! addresses, interrupt status. All devices run on the thread of the event loop.
 
+pub mod block;
 #[allow(dead_code)] // block and vsock come next
 mod guest_io;
 mod interrupt;
 mod queue;
 pub mod rng;
 mod transport;
+
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -5,6 +5,8 @@
 //! and its device stopped.
 
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -1,6 +1,9 @@
 //! The entropy device (virtio 1.2 §5.4): the guest's buffers are filled from the host's
 //! `getrandom`.
 
+#[cfg(test)]
+mod tests;
+
 use vm_memory::GuestMemoryMmap;
 
 use super::{DeviceError, QueueError, Running, VirtioDevice, Virtqueue, Work};
