@@ -368,7 +368,9 @@ impl<R: Read> Reader<R> {
             b'5' => EntryKind::Directory,
             b'6' => EntryKind::Fifo,
             _ => {
-                return Err(entry.error("its type is unknown; layers hold files, directories, links, devices and pipes"));
+                return Err(
+                    entry.error("its type is unknown; layers hold files, directories, links, devices and pipes")
+                );
             }
         };
         if entry.kind != EntryKind::File {
