@@ -47,6 +47,9 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
+/// What the script wrote down about a build, by name.
+type Manifest = HashMap<String, String>;
+
 /// A directory of built kernels.
 pub(crate) struct Cache {
     directory: PathBuf,
@@ -55,16 +58,9 @@ pub(crate) struct Cache {
 impl Cache {
     /// `$CAISSON_CACHE`, or `~/.cache/caisson`: as the script decides.
     pub(crate) fn of_the_user() -> Result<Self, Error> {
-        let set = |name| {
-            std::env::var_os(name)
-                .filter(|value| !value.is_empty())
-                .map(PathBuf::from)
-        };
-        let directory =
-            set("CAISSON_CACHE").or_else(|| set("HOME").map(|home| home.join(".cache/caisson")));
-        Ok(Self {
-            directory: directory.ok_or(Error::NoCache)?,
-        })
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let directory = set("CAISSON_CACHE").or_else(|| set("HOME").map(|home| home.join(".cache/caisson")));
+        Ok(Self { directory: directory.ok_or(Error::NoCache)? })
     }
 
     pub(crate) fn find(&self) -> Result<Option<Kernel>, Error> {
@@ -82,28 +78,21 @@ impl Cache {
             return Err(Error::MissingPackages(missing));
         }
         run_script(&self.directory, &mut progress)?;
-        self.find()?
-            .ok_or_else(|| Error::Build("the build script ended well, but left no kernel".into()))
+        self.find()?.ok_or_else(|| Error::Build("the build script ended well, but left no kernel".into()))
     }
 
     /// The kernel of this recipe, and its manifest.
-    fn entry(&self) -> Result<Option<(Kernel, HashMap<String, String>)>, Error> {
-        let link = self
-            .directory
-            .join(format!("kernel-of-{}", recipe::hash(recipe::FILES)));
+    fn entry(&self) -> Result<Option<(Kernel, Manifest)>, Error> {
+        let link = self.directory.join(format!("kernel-of-{}", recipe::hash(recipe::FILES)));
         let directory = match std::fs::canonicalize(&link) {
             Ok(directory) => directory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io_error(format!("follow {}", link.display()))(error)),
         };
         let path = directory.join("manifest");
-        let text =
-            std::fs::read_to_string(&path).map_err(io_error(format!("read {}", path.display())))?;
+        let text = std::fs::read_to_string(&path).map_err(io_error(format!("read {}", path.display())))?;
         let manifest = parse_manifest(&text);
-        let damaged = |problem| Error::Damaged {
-            directory: directory.clone(),
-            problem,
-        };
+        let damaged = |problem| Error::Damaged { directory: directory.clone(), problem };
         let field = |name, problem| manifest.get(name).cloned().ok_or_else(|| damaged(problem));
         let kernel = Kernel {
             vmlinux: directory.join("vmlinux"),
@@ -118,7 +107,7 @@ impl Cache {
 }
 
 /// Lines of `name=value`; others are skipped, so that a later version may add some.
-fn parse_manifest(text: &str) -> HashMap<String, String> {
+fn parse_manifest(text: &str) -> Manifest {
     text.lines()
         .filter_map(|line| line.split_once('='))
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -126,17 +115,12 @@ fn parse_manifest(text: &str) -> HashMap<String, String> {
 }
 
 /// Whether the source that a kernel was built from is there, but is another by now (an upgraded package).
-fn source_changed(manifest: &HashMap<String, String>) -> bool {
-    let Some(metadata) = manifest
-        .get("source")
-        .and_then(|path| std::fs::metadata(path).ok())
-    else {
+fn source_changed(manifest: &Manifest) -> bool {
+    let Some(metadata) = manifest.get("source").and_then(|path| std::fs::metadata(path).ok()) else {
         return false;
     };
-    let is =
-        |name: &str, value: String| manifest.get(name).is_none_or(|recorded| *recorded == value);
-    !(is("source_size", metadata.size().to_string())
-        && is("source_mtime", metadata.mtime().to_string()))
+    let is = |name: &str, value: String| manifest.get(name).is_none_or(|recorded| *recorded == value);
+    !(is("source_size", metadata.size().to_string()) && is("source_mtime", metadata.mtime().to_string()))
 }
 
 pub(crate) fn missing_packages() -> Result<Vec<String>, Error> {
@@ -150,17 +134,13 @@ pub(crate) fn missing_packages() -> Result<Vec<String>, Error> {
     if !output.status.success() {
         return Err(Error::Build(message(&output.stderr)));
     }
-    Ok(String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .map(str::to_owned)
-        .collect())
+    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
 }
 
 fn run_script(cache: &Path, progress: &mut impl FnMut(&str)) -> Result<(), Error> {
     let recipe = unpacked()?;
     let errors = recipe.path().join("errors");
-    let stderr =
-        std::fs::File::create(&errors).map_err(io_error(format!("create {}", errors.display())))?;
+    let stderr = std::fs::File::create(&errors).map_err(io_error(format!("create {}", errors.display())))?;
     let mut script = Command::new("bash")
         .arg(recipe.path().join("build"))
         .env("CAISSON_CACHE", cache)
@@ -171,40 +151,22 @@ fn run_script(cache: &Path, progress: &mut impl FnMut(&str)) -> Result<(), Error
         .map_err(io_error("run bash for the kernel's build script"))?;
     if let Some(stdout) = script.stdout.take() {
         // The last line is the result's directory, which is found by its link anyway.
-        for line in BufReader::new(stdout)
-            .lines()
-            .map_while(Result::ok)
-            .filter(|line| !line.starts_with('/'))
-        {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok).filter(|line| !line.starts_with('/')) {
             progress(&line);
         }
     }
-    let status = script
-        .wait()
-        .map_err(io_error("wait for the kernel's build script"))?;
+    let status = script.wait().map_err(io_error("wait for the kernel's build script"))?;
     if status.success() {
         return Ok(());
     }
     let text = std::fs::read(&errors).unwrap_or_default();
-    Err(Error::Build(if text.is_empty() {
-        format!("its script ended with {status}")
-    } else {
-        message(&text)
-    }))
+    Err(Error::Build(if text.is_empty() { format!("its script ended with {status}") } else { message(&text) }))
 }
 
 /// The recipe in a directory of its own, which goes with the value.
 fn unpacked() -> Result<tempfile::TempDir, Error> {
-    let what = || {
-        format!(
-            "write the kernel's recipe into a directory in {}",
-            std::env::temp_dir().display()
-        )
-    };
-    let directory = tempfile::Builder::new()
-        .prefix("caisson-kernel-")
-        .tempdir()
-        .map_err(io_error(what()))?;
+    let what = || format!("write the kernel's recipe into a directory in {}", std::env::temp_dir().display());
+    let directory = tempfile::Builder::new().prefix("caisson-kernel-").tempdir().map_err(io_error(what()))?;
     recipe::write(directory.path()).map_err(io_error(what()))?;
     Ok(directory)
 }
@@ -214,9 +176,7 @@ fn message(stderr: &[u8]) -> String {
     let end = stderr.len().min(MAX_MESSAGE_BYTES);
     let text = String::from_utf8_lossy(&stderr[..end]);
     let text = text.trim();
-    text.strip_prefix("guest-kernel/build: ")
-        .unwrap_or(text)
-        .to_owned()
+    text.strip_prefix("guest-kernel/build: ").unwrap_or(text).to_owned()
 }
 
 #[cfg(test)]

@@ -21,23 +21,13 @@ pub const HARDWARE: &str = "";
 /// - `mitigations=off`: the processor never runs this kernel's instructions; the host's own mitigations guard the guests from each other.
 /// - `rodata=off`: remapping the kernel read-only, page by page, costs a fifth of a second or more.
 /// - `rcupdate.rcu_cpu_stall_suppress=1`: a slow processor is not a stalled one.
-pub const SOFTWARE: &str =
-    "caisson.software_kvm mitigations=off rodata=off rcupdate.rcu_cpu_stall_suppress=1";
+pub const SOFTWARE: &str = "caisson.software_kvm mitigations=off rodata=off rcupdate.rcu_cpu_stall_suppress=1";
 
 /// The part of the command line that is the kernel's own affair; the monitor adds the devices, the runtime the agent's.
 /// `kvm_kind_is_software` says whether the host's KVM works without hardware virtualisation.
 pub fn command_line(kvm_kind_is_software: bool) -> String {
-    let kind = if kvm_kind_is_software {
-        SOFTWARE
-    } else {
-        HARDWARE
-    };
-    [COMMON, kind]
-        .iter()
-        .filter(|part| !part.is_empty())
-        .copied()
-        .collect::<Vec<_>>()
-        .join(" ")
+    let kind = if kvm_kind_is_software { SOFTWARE } else { HARDWARE };
+    [COMMON, kind].iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -55,10 +45,7 @@ mod tests {
     fn the_parts_are_words_apart_by_one_space() {
         for software in [false, true] {
             let line = command_line(software);
-            assert!(
-                !line.contains("  ") && line.trim() == line && !line.contains('\n'),
-                "{line:?}"
-            );
+            assert!(!line.contains("  ") && line.trim() == line && !line.contains('\n'), "{line:?}");
         }
     }
 }

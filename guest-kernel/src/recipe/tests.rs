@@ -27,26 +27,17 @@ fn nothing_is_left_out_of_the_embedded_recipe() {
     for (directory, extension) in [("config", "config"), ("patches", "patch")] {
         for entry in std::fs::read_dir(root.join(directory)).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
-            assert!(
-                name.ends_with(&format!(".{extension}")),
-                "{directory}/{name} is no .{extension}"
-            );
+            assert!(name.ends_with(&format!(".{extension}")), "{directory}/{name} is no .{extension}");
             found.insert(format!("{directory}/{name}"));
         }
     }
-    assert_eq!(
-        found.into_iter().collect::<Vec<_>>(),
-        FILES.iter().map(|(path, _)| *path).collect::<Vec<_>>()
-    );
+    assert_eq!(found.into_iter().collect::<Vec<_>>(), FILES.iter().map(|(path, _)| *path).collect::<Vec<_>>());
 }
 
 #[test]
 fn the_script_computes_the_same_hash() {
     let output = script(&["--recipe"], &[]);
-    assert_eq!(
-        String::from_utf8(output.stdout).unwrap().trim(),
-        hash(FILES)
-    );
+    assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), hash(FILES));
 }
 
 #[test]
@@ -70,10 +61,8 @@ fn the_key_changes_with_source_and_compiler() {
         std::fs::write(&tarball, source).unwrap();
         let program = directory.path().join("cc");
         std::fs::write(&program, format!("#!/bin/sh\necho {compiler}\n")).unwrap();
-        let environment = [
-            ("CAISSON_KERNEL_SOURCE", tarball.to_str().unwrap()),
-            ("CC", &format!("sh {}", program.display())),
-        ];
+        let environment =
+            [("CAISSON_KERNEL_SOURCE", tarball.to_str().unwrap()), ("CC", &format!("sh {}", program.display()))];
         let output = script(&["--key"], &environment);
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
@@ -92,23 +81,13 @@ fn fragments_do_not_contradict_each_other() {
         for line in text.lines() {
             let option = match line.strip_prefix("# CONFIG_") {
                 Some(rest) => rest.strip_suffix(" is not set"),
-                None => line
-                    .strip_prefix("CONFIG_")
-                    .and_then(|rest| rest.split_once('='))
-                    .map(|(name, _)| name),
+                None => line.strip_prefix("CONFIG_").and_then(|rest| rest.split_once('=')).map(|(name, _)| name),
             };
             let Some(option) = option else {
-                assert!(
-                    line.is_empty() || line.starts_with('#'),
-                    "{path}: what is {line:?}?"
-                );
+                assert!(line.is_empty() || line.starts_with('#'), "{path}: what is {line:?}?");
                 continue;
             };
-            assert_eq!(
-                seen.insert(option, path),
-                None,
-                "CONFIG_{option} is set twice; the second time in {path}"
-            );
+            assert_eq!(seen.insert(option, path), None, "CONFIG_{option} is set twice; the second time in {path}");
         }
     }
     assert!(seen.len() > 100);
@@ -122,20 +101,11 @@ fn lost_options_are_named() {
         std::fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_owned()
     };
-    let fragment = write(
-        "fragment",
-        "# A comment.\nCONFIG_NET=y\nCONFIG_HZ=100\n# CONFIG_PCI is not set\n",
-    );
-    let good = write(
-        "good",
-        "CONFIG_NET=y\nCONFIG_HZ=100\n# CONFIG_PCI is not set\nCONFIG_MORE=y\n",
-    );
+    let fragment = write("fragment", "# A comment.\nCONFIG_NET=y\nCONFIG_HZ=100\n# CONFIG_PCI is not set\n");
+    let good = write("good", "CONFIG_NET=y\nCONFIG_HZ=100\n# CONFIG_PCI is not set\nCONFIG_MORE=y\n");
     assert!(script(&["--check", &good, &fragment], &[]).status.success());
 
-    let bad = write(
-        "bad",
-        "# CONFIG_NET is not set\nCONFIG_HZ=1000\nCONFIG_PCI=y\n",
-    );
+    let bad = write("bad", "# CONFIG_NET is not set\nCONFIG_HZ=1000\nCONFIG_PCI=y\n");
     let output = script(&["--check", &bad, &fragment], &[]);
     let message = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
@@ -148,38 +118,19 @@ fn lost_options_are_named() {
 fn a_missing_source_is_named_with_its_package() {
     let nowhere = [("CAISSON_KERNEL_SOURCE", "/nonexistent/linux.tar.xz")];
     let output = script(&["--missing-packages"], &nowhere);
-    assert!(
-        String::from_utf8(output.stdout)
-            .unwrap()
-            .lines()
-            .any(|package| package == "linux-source-6.12")
-    );
+    assert!(String::from_utf8(output.stdout).unwrap().lines().any(|package| package == "linux-source-6.12"));
     let output = script(&["--key"], &nowhere);
     assert!(!output.status.success());
-    assert!(
-        String::from_utf8(output.stderr)
-            .unwrap()
-            .contains("apt-get install linux-source-6.12")
-    );
+    assert!(String::from_utf8(output.stderr).unwrap().contains("apt-get install linux-source-6.12"));
     let output = script(&[], &nowhere);
     assert!(!output.status.success());
-    assert!(
-        String::from_utf8(output.stderr)
-            .unwrap()
-            .contains("/nonexistent/linux.tar.xz")
-    );
+    assert!(String::from_utf8(output.stderr).unwrap().contains("/nonexistent/linux.tar.xz"));
 }
 
 #[test]
 fn each_patch_says_why() {
-    for (path, text) in FILES
-        .iter()
-        .filter(|(path, _)| path.starts_with("patches/"))
-    {
+    for (path, text) in FILES.iter().filter(|(path, _)| path.starts_with("patches/")) {
         let header = text.split("\n--- a/").next().unwrap();
-        assert!(
-            header.lines().count() >= 3 && !header.starts_with("---"),
-            "{path} has no header"
-        );
+        assert!(header.lines().count() >= 3 && !header.starts_with("---"), "{path} has no header");
     }
 }
