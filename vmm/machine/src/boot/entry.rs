@@ -28,13 +28,16 @@ const LARGE_PAGE_FLAGS: u64 = 0x83;
 const LARGE_PAGE: u64 = 2 << 20;
 
 /// Writes the GDT, and page tables that map the first GiB to itself.
-pub(super) fn write_tables(memory: &GuestMemory) -> Result<(), BootError> {
+///
+/// # Errors
+/// Guest memory is smaller than that.
+pub(crate) fn write_tables(memory: &GuestMemory) -> Result<(), BootError> {
     let gdt = [0, 0, CODE_DESCRIPTOR, DATA_DESCRIPTOR].map(u64::to_le_bytes).concat();
     write(memory, "the GDT", GDT, &gdt)?;
     let (level4, level3, level2) = (PAGE_TABLES, PAGE_TABLES + PAGE, PAGE_TABLES + 2 * PAGE);
     write(memory, "page tables", level4, &(level3 | TABLE_FLAGS).to_le_bytes())?;
     write(memory, "page tables", level3, &(level2 | TABLE_FLAGS).to_le_bytes())?;
-    let pages: Vec<u8> = (0..512).flat_map(|i: u64| (i * LARGE_PAGE | LARGE_PAGE_FLAGS).to_le_bytes()).collect();
+    let pages: Vec<u8> = (0..512).flat_map(|i: u64| ((i * LARGE_PAGE) | LARGE_PAGE_FLAGS).to_le_bytes()).collect();
     write(memory, "page tables", level2, &pages)
 }
 

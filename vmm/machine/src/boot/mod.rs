@@ -81,9 +81,8 @@ pub struct Entry {
 pub fn load(config: &MachineConfig, command_line: &str, memory: &GuestMemory) -> Result<Entry, BootError> {
     let low_end = memory.find_region(GuestAddress(0)).map_or(0, |r| r.len());
     let mut kernel = open(&config.kernel)?;
-    let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY))).map_err(|source| {
-        BootError::Kernel { path: config.kernel.clone(), memory_mib: low_end >> 20, source }
-    })?;
+    let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY)))
+        .map_err(|source| BootError::Kernel { path: config.kernel.clone(), memory_mib: low_end >> 20, source })?;
     let kernel_end = loaded.kernel_end;
     let initramfs = match &config.initramfs {
         Some(path) => Some(load_initramfs(path, kernel_end, low_end, memory)?),
@@ -102,12 +101,7 @@ pub fn load(config: &MachineConfig, command_line: &str, memory: &GuestMemory) ->
 }
 
 /// As high as possible, so that the kernel has room to grow. Returns start and length.
-fn load_initramfs(
-    path: &Path,
-    kernel_end: u64,
-    low_end: u64,
-    memory: &GuestMemory,
-) -> Result<(u64, u64), BootError> {
+fn load_initramfs(path: &Path, kernel_end: u64, low_end: u64, memory: &GuestMemory) -> Result<(u64, u64), BootError> {
     let error = |source| BootError::File { path: path.to_owned(), source };
     let mut file = open(path)?;
     let len = file.metadata().map_err(error)?.len();

@@ -3,7 +3,7 @@
 use super::layout::{COMMAND_LINE, HIGH_MEMORY, LOW_MEMORY_END};
 use crate::memory::GuestMemory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{ByteValued, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{ByteValued, GuestMemoryBackend, GuestMemoryRegion};
 
 /// `boot_flag` and `header` of a kernel that follows the protocol.
 const BOOT_FLAG: u16 = 0xaa55;
@@ -31,7 +31,7 @@ pub(super) fn build(memory: &GuestMemory, command_line_len: usize, initramfs: Op
     }
     let mut add = |addr: u64, size: u64| {
         let index = usize::from(params.e820_entries);
-        params.e820_table[index] = boot_e820_entry { addr, size, type_: RAM };
+        params.e820_table[index] = boot_e820_entry { addr, size, r#type: RAM };
         params.e820_entries += 1;
     };
     add(0, LOW_MEMORY_END);
@@ -41,7 +41,6 @@ pub(super) fn build(memory: &GuestMemory, command_line_len: usize, initramfs: Op
             0 => add(HIGH_MEMORY, len.saturating_sub(HIGH_MEMORY)),
             _ => add(start, len),
         }
-        debug_assert!(region.to_region_addr(region.start_addr()) == Some(MemoryRegionAddress(0)));
     }
     params.as_slice().to_vec()
 }

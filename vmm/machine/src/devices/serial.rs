@@ -39,9 +39,8 @@ impl Log {
     /// # Errors
     /// The file cannot be opened.
     pub fn open(path: Option<&Path>) -> io::Result<Self> {
-        let open = |path| {
-            OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
-        };
+        let open =
+            |path| OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path);
         let file = path.map(open).transpose()?;
         let written = file.as_ref().map(File::metadata).transpose()?.map_or(0, |m| m.len());
         Ok(Self { file, line: Vec::new(), left: MAX_LOG_BYTES.saturating_sub(written) })
@@ -136,6 +135,11 @@ impl SerialPort {
             ],
             fifo: s.in_buffer,
         }
+    }
+
+    /// The event that interrupts the guest.
+    pub fn interrupt(&self) -> &EventFd {
+        &self.0.interrupt_evt().0
     }
 
     /// Writes out an unfinished line.

@@ -37,13 +37,13 @@ const MASKED_ALWAYS: &[Bits] = &[
 /// nothing with them (the host runs the guest at CPL 3). Guest user space sees the host's CPUID whatever is masked here.
 const MASKED_ON_SOFTWARE: &[Bits] = &[
     bits(1, 0, Register::Ecx, 1 << 3 | 1 << 13 | 1 << 17 | 1 << 22 | 1 << 23), // MONITOR, CX16, PCID, MOVBE, POPCNT
-    bits(7, 0, Register::Ebx, 1 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9), // FSGSBASE, BMI1, SMEP, BMI2, ERMS
+    bits(7, 0, Register::Ebx, 1 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9),          // FSGSBASE, BMI1, SMEP, BMI2, ERMS
     bits(7, 0, Register::Ebx, 1 << 10 | 1 << 19 | 1 << 20 | 1 << 23 | 1 << 24), // INVPCID, ADX, SMAP, CLFLUSHOPT, CLWB
     bits(7, 0, Register::Ecx, 1 << 2 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 16 | 1 << 22), // UMIP, PKU, WAITPKG, SHSTK, LA57, RDPID
-    bits(7, 0, Register::Edx, 1 << 4 | 1 << 20), // FSRM, IBT
-    bits(7, 1, Register::Eax, 1 << 10 | 1 << 11 | 1 << 12), // FZRM, FSRS, FSRC
-    bits(0xd, 1, Register::Eax, u32::MAX),       // XSAVEOPT, XSAVEC, XSAVES: the standard format only
-    bits(0xd, 0, Register::Eax, 1 << 9),         // PKRU
+    bits(7, 0, Register::Edx, 1 << 4 | 1 << 20),                                      // FSRM, IBT
+    bits(7, 1, Register::Eax, 1 << 10 | 1 << 11 | 1 << 12),                           // FZRM, FSRS, FSRC
+    bits(0xd, 1, Register::Eax, u32::MAX), // XSAVEOPT, XSAVEC, XSAVES: the standard format only
+    bits(0xd, 0, Register::Eax, 1 << 9),   // PKRU
     bits(0x8000_0001, 0, Register::Ecx, 1 << 5), // LZCNT
 ];
 

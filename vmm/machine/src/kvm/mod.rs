@@ -7,9 +7,7 @@ pub mod vcpu;
 use crate::boot::layout;
 use crate::config::KvmKind;
 use crate::memory::GuestMemory;
-use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_CAP_EXIT_ON_EMULATION_FAILURE, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::io;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -63,7 +61,9 @@ pub fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
 pub fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| {
         let hint = match error.errno() {
-            libc::ENOENT => "load the module kvm_intel or kvm_amd, enable virtualisation in the firmware, or use a host with KVM",
+            libc::ENOENT => {
+                "load the module kvm_intel or kvm_amd, enable virtualisation in the firmware, or use a host with KVM"
+            }
             libc::EACCES | libc::EPERM => "run as root or as a member of the group kvm",
             libc::ENODEV | libc::ENXIO => "the device is there, but no KVM module is behind it",
             libc::EBUSY => "another hypervisor uses the processor's virtualisation",

@@ -45,10 +45,8 @@ pub fn set(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, KvmError> {
     let mut rest = msrs;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];
-        let entries: Vec<_> = batch
-            .iter()
-            .map(|m| kvm_msr_entry { index: m.index, data: m.value, ..kvm_msr_entry::default() })
-            .collect();
+        let entries: Vec<_> =
+            batch.iter().map(|m| kvm_msr_entry { index: m.index, data: m.value, ..kvm_msr_entry::default() }).collect();
         let list = Msrs::from_entries(&entries).map_err(|_| KvmError::TooMany("MSRs"))?;
         // KVM stops at the first that it refuses and says how many it took.
         let taken = vcpu.set_msrs(&list).map_err(failed("set MSRs"))?;
@@ -75,8 +73,7 @@ pub fn get_all(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<Msr>, KvmError> {
     let mut rest = &indices[..];
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];
-        let entries: Vec<_> =
-            batch.iter().map(|&index| kvm_msr_entry { index, ..kvm_msr_entry::default() }).collect();
+        let entries: Vec<_> = batch.iter().map(|&index| kvm_msr_entry { index, ..kvm_msr_entry::default() }).collect();
         let mut list = Msrs::from_entries(&entries).map_err(|_| KvmError::TooMany("MSRs"))?;
         let read = vcpu.get_msrs(&mut list).map_err(failed("read MSRs"))?;
         values.extend(list.as_slice().iter().take(read).map(|e| Msr { index: e.index, value: e.data }));
