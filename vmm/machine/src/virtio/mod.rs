@@ -15,12 +15,13 @@
 //! addresses, interrupt status. All devices run on the thread of the event loop.
 
 pub mod block;
-#[allow(dead_code)] // block and vsock come next
 mod guest_io;
 mod interrupt;
+mod poller;
 mod queue;
 pub mod rng;
 mod transport;
+pub mod vsock;
 
 #[cfg(test)]
 pub(crate) mod testing;

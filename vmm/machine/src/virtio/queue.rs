@@ -258,6 +258,25 @@ impl Virtqueue {
         self.queue.enable_notification(memory).map_err(QueueError::Ring)
     }
 
+    /// Asks the driver to notify as soon as it makes more available than it has now, though not all of
+    /// that was taken. Gives the available index of now.
+    pub(super) fn notify_of_more(&mut self, memory: &GuestMemoryMmap) -> Result<u16, QueueError> {
+        let available = self.queue.avail_idx(memory, Ordering::Acquire);
+        let available = available.map_err(QueueError::Ring)?.0;
+        self.enable_notification(memory)?;
+        if self.queue.event_idx_enabled() {
+            // avail_event follows the used ring (virtio 1.2 §2.7.10).
+            let offset = 4 + 8 * u64::from(self.queue.size());
+            let address = GuestAddress(self.queue.used_ring())
+                .checked_add(offset)
+                .ok_or(QueueError::Ring(virtio_queue::Error::AddressOverflow))?;
+            memory
+                .store(available.to_le(), address, Ordering::SeqCst)
+                .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
+        }
+        Ok(available)
+    }
+
     /// Asks the driver not to notify: the device looks by itself.
     pub fn disable_notification(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         if !self.queue.ready() {
