@@ -29,10 +29,7 @@ impl Store {
     /// # Errors
     /// The store can't be written.
     pub fn create_image(&self) -> Result<ImageBuilder, StoreError> {
-        Ok(ImageBuilder {
-            transaction: self.begin()?,
-            layers: Vec::new(),
-        })
+        Ok(ImageBuilder { transaction: self.begin()?, layers: Vec::new() })
     }
 }
 
@@ -61,15 +58,9 @@ impl ImageBuilder {
     ///
     /// # Errors
     /// Reading or writing fails, or it is too long.
-    pub fn add_layer_tar(
-        &mut self,
-        tar: &mut impl Read,
-        compression: Compression,
-    ) -> Result<Layer, StoreError> {
+    pub fn add_layer_tar(&mut self, tar: &mut impl Read, compression: Compression) -> Result<Layer, StoreError> {
         let number = self.layers.len();
-        let writer =
-            self.transaction
-                .writer(format!("layer {number} of the new image"), None, None)?;
+        let writer = self.transaction.writer(format!("layer {number} of the new image"), None, None)?;
         let mut encoder = Hashing::new(Encoder::new(writer, compression)?);
         let mut chunk = vec![0; 128 << 10];
         let what = format!("the tar stream of layer {number}");
@@ -79,26 +70,17 @@ impl ImageBuilder {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => {
-                    return Err(StoreError::Io {
-                        action: "read",
-                        path: what.into(),
-                        source,
-                    });
+                    return Err(StoreError::Io { action: "read", path: what.into(), source });
                 }
             };
             if encoder.count() + count as u64 > MAX_LAYER_TAR_BYTES {
-                return Err(StoreError::TooLong {
-                    what,
-                    limit: MAX_LAYER_TAR_BYTES,
-                });
+                return Err(StoreError::TooLong { what, limit: MAX_LAYER_TAR_BYTES });
             }
-            encoder
-                .write_all(&chunk[..count])
-                .map_err(|source| StoreError::Io {
-                    action: "write the blob of",
-                    path: what.clone().into(),
-                    source,
-                })?;
+            encoder.write_all(&chunk[..count]).map_err(|source| StoreError::Io {
+                action: "write the blob of",
+                path: what.clone().into(),
+                source,
+            })?;
         }
         let (encoder, diff_id, _) = encoder.finish();
         let writer = encoder.finish().map_err(|source| StoreError::Io {
@@ -107,12 +89,7 @@ impl ImageBuilder {
             source,
         })?;
         let (digest, size) = writer.finish()?;
-        let layer = Layer {
-            digest,
-            size,
-            diff_id,
-            media_type: compression.media_type(),
-        };
+        let layer = Layer { digest, size, diff_id, media_type: compression.media_type() };
         self.push(layer.clone())?;
         Ok(layer)
     }
@@ -125,49 +102,25 @@ impl ImageBuilder {
     ///
     /// # Errors
     /// The configuration is no JSON object or not for linux/amd64, or the store can't be written.
-    pub fn finish(
-        self,
-        config: &impl Serialize,
-        references: &[Reference],
-    ) -> Result<Image, StoreError> {
+    pub fn finish(self, config: &impl Serialize, references: &[Reference]) -> Result<Image, StoreError> {
         let what = "the new image's configuration";
         let mut config = serde_json::to_value(config).map_err(StoreError::json(what))?;
         let Some(object) = config.as_object_mut() else {
-            return Err(StoreError::Corrupt {
-                what: what.to_owned(),
-                reason: "it is no JSON object".to_owned(),
-            });
+            return Err(StoreError::Corrupt { what: what.to_owned(), reason: "it is no JSON object".to_owned() });
         };
-        let diff_ids: Vec<String> = self
-            .layers
-            .iter()
-            .map(|layer| layer.diff_id.to_string())
-            .collect();
-        object.insert(
-            "rootfs".to_owned(),
-            serde_json::json!({ "type": "layers", "diff_ids": diff_ids }),
-        );
+        let diff_ids: Vec<String> = self.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
+        object.insert("rootfs".to_owned(), serde_json::json!({ "type": "layers", "diff_ids": diff_ids }));
         let config_json = serde_json::to_vec(&config).map_err(StoreError::json(what))?;
         let config_digest = self.transaction.add_bytes(what, &config_json)?;
         let manifest_json = manifest(&config_digest, config_json.len() as u64, &self.layers)?;
-        let digest = self
-            .transaction
-            .add_bytes("the new image's manifest", &manifest_json)?;
-        let top = Top {
-            media_type: OCI_MANIFEST.to_owned(),
-            digest,
-            size: manifest_json.len() as u64,
-        };
+        let digest = self.transaction.add_bytes("the new image's manifest", &manifest_json)?;
+        let top = Top { media_type: OCI_MANIFEST.to_owned(), digest, size: manifest_json.len() as u64 };
         let store = self.transaction.store().clone();
-        let image = Image::read(&top, references.to_vec(), |digest, document| {
-            store.read_blob(digest, document.limit())
-        })?;
+        let image =
+            Image::read(&top, references.to_vec(), |digest, document| store.read_blob(digest, document.limit()))?;
         let entries = match references {
             [] => vec![(top, None)],
-            references => references
-                .iter()
-                .map(|reference| (top.clone(), Some(reference.clone())))
-                .collect(),
+            references => references.iter().map(|reference| (top.clone(), Some(reference.clone()))).collect(),
         };
         self.transaction.commit(entries)?;
         Ok(image)
@@ -177,9 +130,7 @@ impl ImageBuilder {
         if self.layers.len() >= MAX_LAYERS {
             return Err(StoreError::Corrupt {
                 what: "the new image".to_owned(),
-                reason: format!(
-                    "it would have more than {MAX_LAYERS} layers, the most that can be stacked"
-                ),
+                reason: format!("it would have more than {MAX_LAYERS} layers, the most that can be stacked"),
             });
         }
         self.layers.push(layer);
@@ -188,11 +139,7 @@ impl ImageBuilder {
 }
 
 /// An OCI manifest.
-pub(crate) fn manifest(
-    config: &Digest,
-    config_len: u64,
-    layers: &[Layer],
-) -> Result<Vec<u8>, StoreError> {
+pub(crate) fn manifest(config: &Digest, config_len: u64, layers: &[Layer]) -> Result<Vec<u8>, StoreError> {
     let layers = layers.iter().map(|layer| {
         serde_json::json!({ "mediaType": layer.media_type, "digest": layer.digest.to_string(), "size": layer.size })
     });
@@ -216,10 +163,9 @@ impl<'t> Encoder<'t> {
         Ok(match compression {
             Compression::None => Self::None(writer),
             // flate2 writes neither a time nor a name into the header.
-            Compression::Gzip => Self::Gzip(flate2::write::GzEncoder::new(
-                writer,
-                flate2::Compression::new(GZIP_LEVEL),
-            )),
+            Compression::Gzip => {
+                Self::Gzip(flate2::write::GzEncoder::new(writer, flate2::Compression::new(GZIP_LEVEL)))
+            }
             Compression::Zstd => {
                 let encoder = zstd::stream::write::Encoder::new(writer, ZSTD_LEVEL);
                 Self::Zstd(encoder.map_err(|source| StoreError::Io {

@@ -33,12 +33,10 @@ impl Digest {
     #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
-        self.0
-            .iter()
-            .fold(String::with_capacity(64), |mut text, byte| {
-                let _ = write!(text, "{byte:02x}");
-                text
-            })
+        self.0.iter().fold(String::with_capacity(64), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
     }
 
     /// The first twelve hexadecimal digits, for people.
@@ -114,11 +112,7 @@ pub struct Hashing<T> {
 impl<T> Hashing<T> {
     /// Wraps a reader or a writer.
     pub fn new(inner: T) -> Self {
-        Self {
-            inner,
-            hasher: Sha256::new(),
-            bytes: 0,
-        }
+        Self { inner, hasher: Sha256::new(), bytes: 0 }
     }
 
     /// How many bytes went through.
@@ -138,11 +132,7 @@ impl<T> Hashing<T> {
 
     /// What was wrapped, and the digest of all that went through.
     pub fn finish(self) -> (T, Digest, u64) {
-        (
-            self.inner,
-            Digest(self.hasher.finalize().into()),
-            self.bytes,
-        )
+        (self.inner, Digest(self.hasher.finalize().into()), self.bytes)
     }
 
     fn note(&mut self, bytes: &[u8]) {
@@ -183,15 +173,9 @@ mod tests {
         assert_eq!(digest.to_string(), text);
         assert_eq!(text.parse::<Digest>().unwrap(), digest);
         assert_eq!(digest.short(), "e3b0c44298fc");
-        for wrong in [
-            "",
-            "sha256:",
-            "sha512:00",
-            "e3b0c442",
-            &text[..70],
-            &text.to_uppercase(),
-            "sha256:../../etc/passwd",
-        ] {
+        for wrong in
+            ["", "sha256:", "sha512:00", "e3b0c442", &text[..70], &text.to_uppercase(), "sha256:../../etc/passwd"]
+        {
             assert!(wrong.parse::<Digest>().is_err(), "{wrong}");
         }
     }

@@ -7,9 +7,7 @@ use oci_spec::image::{Arch, ImageConfiguration, ImageIndex, ImageManifest, Os};
 use serde::Deserialize;
 
 use crate::digest::Digest;
-use crate::limits::{
-    MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_MANIFESTS_PER_INDEX,
-};
+use crate::limits::{MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, MAX_LAYERS, MAX_MANIFEST_BYTES, MAX_MANIFESTS_PER_INDEX};
 use crate::reference::Reference;
 use crate::store::StoreError;
 
@@ -114,16 +112,13 @@ impl Image {
     #[must_use]
     pub fn size(&self) -> u64 {
         let documents = self.manifest_json.len() as u64 + self.config_json.len() as u64;
-        self.layers
-            .iter()
-            .fold(documents, |sum, layer| sum.saturating_add(layer.size))
+        self.layers.iter().fold(documents, |sum, layer| sum.saturating_add(layer.size))
     }
 
     /// All about it, for people and scripts.
     #[must_use]
     pub fn inspect(&self) -> serde_json::Value {
-        let config: serde_json::Value =
-            serde_json::from_slice(&self.config_json).unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_slice(&self.config_json).unwrap_or_default();
         let layers = self.layers.iter().map(|layer| {
             serde_json::json!({
                 "Digest": layer.digest.to_string(), "DiffID": layer.diff_id.to_string(),
@@ -156,12 +151,7 @@ impl Image {
         let mut at = top.clone();
         for _ in 0..=MAX_INDEX_DEPTH {
             let bytes = fetch(&at.digest, Document::Manifest)?;
-            check(
-                &format!("the manifest {}", at.digest),
-                &bytes,
-                &at.digest,
-                at.size,
-            )?;
+            check(&format!("the manifest {}", at.digest), &bytes, &at.digest, at.size)?;
             match parse(&at, &bytes)? {
                 Parsed::Index(index) => at = select(&format!("the index {}", at.digest), &index)?,
                 Parsed::Manifest(manifest) => {
@@ -170,8 +160,8 @@ impl Image {
                     let config_json = fetch(&config_digest, Document::Config)?;
                     let config_name = format!("the configuration {config_digest}");
                     check(&config_name, &config_json, &config_digest, size)?;
-                    let config: ImageConfiguration = serde_json::from_slice(&config_json)
-                        .map_err(StoreError::json(&config_name))?;
+                    let config: ImageConfiguration =
+                        serde_json::from_slice(&config_json).map_err(StoreError::json(&config_name))?;
                     if *config.os() != Os::Linux || *config.architecture() != Arch::Amd64 {
                         return Err(StoreError::NoPlatform {
                             what: format!("the image {config_digest}"),
@@ -215,17 +205,10 @@ pub(crate) fn parse(at: &Top, bytes: &[u8]) -> Result<Parsed, StoreError> {
     if !at.media_type.is_empty() && !inner.is_empty() && inner != at.media_type {
         return Err(StoreError::Corrupt {
             what,
-            reason: format!(
-                "its descriptor calls it {:?}, and it calls itself {inner:?}",
-                at.media_type
-            ),
+            reason: format!("its descriptor calls it {:?}, and it calls itself {inner:?}", at.media_type),
         });
     }
-    let media_type = if at.media_type.is_empty() {
-        inner
-    } else {
-        &at.media_type
-    };
+    let media_type = if at.media_type.is_empty() { inner } else { &at.media_type };
     let is_index = match media_type {
         OCI_INDEX | DOCKER_INDEX => true,
         OCI_MANIFEST | DOCKER_MANIFEST => false,
@@ -245,10 +228,7 @@ pub(crate) fn parse(at: &Top, bytes: &[u8]) -> Result<Parsed, StoreError> {
     };
     // A document that reads both ways could mean one image to us and another to whoever checked it.
     if shape.manifests.is_some() && (shape.layers.is_some() || shape.config.is_some()) {
-        return Err(StoreError::Corrupt {
-            what,
-            reason: "it is a manifest and an index at once".to_owned(),
-        });
+        return Err(StoreError::Corrupt { what, reason: "it is a manifest and an index at once".to_owned() });
     }
     if is_index {
         let index: ImageIndex = serde_json::from_slice(bytes).map_err(StoreError::json(&what))?;
@@ -260,10 +240,7 @@ pub(crate) fn parse(at: &Top, bytes: &[u8]) -> Result<Parsed, StoreError> {
         }
         Ok(Parsed::Index(index))
     } else {
-        serde_json::from_slice(bytes)
-            .map(Box::new)
-            .map(Parsed::Manifest)
-            .map_err(StoreError::json(&what))
+        serde_json::from_slice(bytes).map(Box::new).map(Parsed::Manifest).map_err(StoreError::json(&what))
     }
 }
 
@@ -296,47 +273,26 @@ pub(crate) fn select(what: &str, index: &ImageIndex) -> Result<Top, StoreError> 
         available.truncate(20);
         return Err(StoreError::NoPlatform {
             what: what.to_owned(),
-            available: if available.is_empty() {
-                "nothing".to_owned()
-            } else {
-                available.join(", ")
-            },
+            available: if available.is_empty() { "nothing".to_owned() } else { available.join(", ") },
         });
     };
     top_of(what, descriptor)
 }
 
 /// A descriptor, with its digest checked.
-pub(crate) fn top_of(
-    what: &str,
-    descriptor: &oci_spec::image::Descriptor,
-) -> Result<Top, StoreError> {
-    let digest = Digest::try_from(descriptor.digest()).map_err(|source| StoreError::Digest {
-        what: what.to_owned(),
-        source,
-    })?;
-    Ok(Top {
-        media_type: descriptor.media_type().to_string(),
-        digest,
-        size: descriptor.size(),
-    })
+pub(crate) fn top_of(what: &str, descriptor: &oci_spec::image::Descriptor) -> Result<Top, StoreError> {
+    let digest =
+        Digest::try_from(descriptor.digest()).map_err(|source| StoreError::Digest { what: what.to_owned(), source })?;
+    Ok(Top { media_type: descriptor.media_type().to_string(), digest, size: descriptor.size() })
 }
 
 fn check(what: &str, bytes: &[u8], expected: &Digest, size: u64) -> Result<(), StoreError> {
     if bytes.len() as u64 != size {
-        return Err(StoreError::WrongSize {
-            what: what.to_owned(),
-            expected: size,
-            found: bytes.len() as u64,
-        });
+        return Err(StoreError::WrongSize { what: what.to_owned(), expected: size, found: bytes.len() as u64 });
     }
     let found = Digest::of(bytes);
     if found != *expected {
-        return Err(StoreError::WrongDigest {
-            what: what.to_owned(),
-            expected: *expected,
-            found,
-        });
+        return Err(StoreError::WrongDigest { what: what.to_owned(), expected: *expected, found });
     }
     Ok(())
 }
@@ -355,17 +311,10 @@ fn config_of(what: &str, manifest: &ImageManifest) -> Result<(Digest, u64), Stor
     Ok((top.digest, top.size))
 }
 
-fn layers_of(
-    what: &str,
-    manifest: &ImageManifest,
-    config: &ImageConfiguration,
-) -> Result<Vec<Layer>, StoreError> {
+fn layers_of(what: &str, manifest: &ImageManifest, config: &ImageConfiguration) -> Result<Vec<Layer>, StoreError> {
     let diff_ids = config.rootfs().diff_ids();
     let descriptors = manifest.layers();
-    let corrupt = |reason: String| StoreError::Corrupt {
-        what: what.to_owned(),
-        reason,
-    };
+    let corrupt = |reason: String| StoreError::Corrupt { what: what.to_owned(), reason };
     if descriptors.len() > MAX_LAYERS {
         return Err(corrupt(format!(
             "it has {} layers, and {MAX_LAYERS} are the most that can be stacked",
@@ -383,29 +332,16 @@ fn layers_of(
     for (descriptor, diff_id) in descriptors.iter().zip(diff_ids) {
         let top = top_of(what, descriptor)?;
         check_layer_type(&top)?;
-        let diff_id = diff_id.parse().map_err(|source| StoreError::Digest {
-            what: what.to_owned(),
-            source,
-        })?;
-        layers.push(Layer {
-            digest: top.digest,
-            size: top.size,
-            diff_id,
-            media_type: top.media_type,
-        });
+        let diff_id = diff_id.parse().map_err(|source| StoreError::Digest { what: what.to_owned(), source })?;
+        layers.push(Layer { digest: top.digest, size: top.size, diff_id, media_type: top.media_type });
     }
     Ok(layers)
 }
 
 fn check_layer_type(layer: &Top) -> Result<(), StoreError> {
     let media_type = layer.media_type.as_str();
-    let compression = media_type
-        .strip_prefix(OCI_LAYER)
-        .or_else(|| media_type.strip_prefix(DOCKER_LAYER));
-    if matches!(
-        compression,
-        Some("" | "+gzip" | ".gzip" | "+zstd" | ".zstd")
-    ) {
+    let compression = media_type.strip_prefix(OCI_LAYER).or_else(|| media_type.strip_prefix(DOCKER_LAYER));
+    if matches!(compression, Some("" | "+gzip" | ".gzip" | "+zstd" | ".zstd")) {
         return Ok(());
     }
     let reason = if media_type.contains("foreign") || media_type.contains("nondistributable") {

@@ -107,28 +107,14 @@ pub enum ImportError {
 ///
 /// # Errors
 /// See [`ImportError`].
-pub fn import_path(
-    store: &Store,
-    path: &Path,
-    options: &ImportOptions,
-) -> Result<Vec<Image>, ImportError> {
+pub fn import_path(store: &Store, path: &Path, options: &ImportOptions) -> Result<Vec<Image>, ImportError> {
     let what = path.display().to_string();
-    let failed = |source| ImportError::Read {
-        what: what.clone(),
-        source,
-    };
+    let failed = |source| ImportError::Read { what: what.clone(), source };
     let mut options = options.clone();
     if options.stem.is_none() {
         let path = fs::canonicalize(path).map_err(failed)?;
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let stem = if path.is_dir() {
-            name.as_str()
-        } else {
-            name.split('.').next().unwrap_or_default()
-        };
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let stem = if path.is_dir() { name.as_str() } else { name.split('.').next().unwrap_or_default() };
         options.stem = Some(stem.to_ascii_lowercase());
     }
     if fs::metadata(path).map_err(failed)?.is_dir() {
@@ -152,15 +138,9 @@ pub fn import_stream(
     options: &ImportOptions,
 ) -> Result<Vec<Image>, ImportError> {
     let mut import = Import::begin(store, what.to_owned())?;
-    let stream = decompress(stream).map_err(|source| ImportError::Read {
-        what: what.to_owned(),
-        source,
-    })?;
+    let stream = decompress(stream).map_err(|source| ImportError::Read { what: what.to_owned(), source })?;
     import.unpack(stream)?;
-    let images = match (
-        import.documents.remove("index.json"),
-        import.documents.remove("manifest.json"),
-    ) {
+    let images = match (import.documents.remove("index.json"), import.documents.remove("manifest.json")) {
         // docker since 25 writes both; the layout has the original manifests.
         (Some(index), _) => import.oci(&index, options, None)?,
         (None, Some(manifest)) => import.docker(&manifest, options)?,
@@ -196,10 +176,7 @@ struct Found {
 
 impl Import {
     fn begin(store: &Store, what: String) -> Result<Self, ImportError> {
-        let transaction = store.begin().map_err(|source| ImportError::Content {
-            what: what.clone(),
-            source,
-        })?;
+        let transaction = store.begin().map_err(|source| ImportError::Content { what: what.clone(), source })?;
         Ok(Self {
             transaction,
             what,
@@ -212,27 +189,19 @@ impl Import {
 
     fn content(&self) -> impl Fn(StoreError) -> ImportError + use<> {
         let what = self.what.clone();
-        move |source| ImportError::Content {
-            what: what.clone(),
-            source,
-        }
+        move |source| ImportError::Content { what: what.clone(), source }
     }
 
     /// Brings an archive's members into the store, whatever it turns out to be.
     fn unpack(&mut self, stream: impl Read) -> Result<(), ImportError> {
         let what = self.what.clone();
-        let tar = |source| ImportError::Tar {
-            what: what.clone(),
-            source,
-        };
+        let tar = |source| ImportError::Tar { what: what.clone(), source };
         let mut stream = TarStream::new(stream);
         let mut members = 0;
         while let Some(member) = stream.next_member().map_err(tar)? {
             members += 1;
             if members > MAX_ARCHIVE_MEMBERS {
-                return Err(tar(
-                    stream.refuse(format!("it has more than {MAX_ARCHIVE_MEMBERS} members"))
-                ));
+                return Err(tar(stream.refuse(format!("it has more than {MAX_ARCHIVE_MEMBERS} members"))));
             }
             let name = member.name;
             match member.kind {
@@ -246,14 +215,10 @@ impl Import {
             let base = name.rsplit('/').next().unwrap_or_default();
             if matches!(name.as_str(), "index.json" | "manifest.json" | "oci-layout") {
                 if member.size > MAX_MANIFEST_BYTES {
-                    return Err(tar(stream.refuse(format!(
-                        "{name} is longer than {MAX_MANIFEST_BYTES} bytes"
-                    ))));
+                    return Err(tar(stream.refuse(format!("{name} is longer than {MAX_MANIFEST_BYTES} bytes"))));
                 }
                 let mut bytes = Vec::new();
-                stream
-                    .read_to_end(&mut bytes)
-                    .map_err(|error| tar(stream.truncated(&error)))?;
+                stream.read_to_end(&mut bytes).map_err(|error| tar(stream.truncated(&error)))?;
                 self.documents.insert(name, bytes);
                 continue;
             }
@@ -261,17 +226,11 @@ impl Import {
             let expected = match blob {
                 Some(Ok(digest)) => Some(digest),
                 Some(Err(source)) => {
-                    return Err(self.content()(StoreError::Digest {
-                        what: format!("the name of {name}"),
-                        source,
-                    }));
+                    return Err(self.content()(StoreError::Digest { what: format!("the name of {name}"), source }));
                 }
                 // What docker wrote for its predecessors: of no use.
                 None if matches!(base, "VERSION" | "json" | "repositories") => continue,
-                None if !base.ends_with(".json")
-                    && !base.ends_with(".tar")
-                    && !base.ends_with(".gz") =>
-                {
+                None if !base.ends_with(".json") && !base.ends_with(".tar") && !base.ends_with(".gz") => {
                     continue;
                 }
                 None => None,
@@ -282,10 +241,7 @@ impl Import {
                 .map_err(self.content())?;
             let mut chunk = vec![0; 128 << 10];
             loop {
-                match stream
-                    .read(&mut chunk)
-                    .map_err(|error| tar(stream.truncated(&error)))?
-                {
+                match stream.read(&mut chunk).map_err(|error| tar(stream.truncated(&error)))? {
                     0 => break,
                     count => writer.put(&chunk[..count]).map_err(self.content())?,
                 }
@@ -307,29 +263,20 @@ impl Import {
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
         let store = self.transaction.store();
-        let threads = std::thread::available_parallelism()
-            .map_or(1, usize::from)
-            .min(4)
-            .min(todo.len());
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4).min(todo.len());
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
                     while let Some(layer) = todo.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if let Err(error) = store.verify_layer(layer) {
                             next.store(todo.len(), Ordering::Relaxed);
-                            failure
-                                .lock()
-                                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                                .get_or_insert(error);
+                            failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
                         }
                     }
                 });
             }
         });
-        match failure
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-        {
+        match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
             Some(source) => Err(self.content()(source)),
             None => Ok(()),
         }
@@ -341,34 +288,19 @@ impl Import {
         for Found { image, references } in &found {
             match references.as_slice() {
                 [] => entries.push((image.top.clone(), None)),
-                references => entries.extend(
-                    references
-                        .iter()
-                        .map(|reference| (image.top.clone(), Some(reference.clone()))),
-                ),
+                references => {
+                    entries.extend(references.iter().map(|reference| (image.top.clone(), Some(reference.clone()))))
+                }
             }
         }
         self.transaction.commit(entries).map_err(content)?;
-        Ok(found
-            .into_iter()
-            .map(|Found { image, references }| Image {
-                references,
-                ..image
-            })
-            .collect())
+        Ok(found.into_iter().map(|Found { image, references }| Image { references, ..image }).collect())
     }
 
     /// The references of the only image, if the caller named it.
-    fn named(
-        &self,
-        options: &ImportOptions,
-        count: usize,
-    ) -> Result<Option<Reference>, ImportError> {
+    fn named(&self, options: &ImportOptions, count: usize) -> Result<Option<Reference>, ImportError> {
         match &options.reference {
-            Some(_) if count != 1 => Err(ImportError::Several {
-                what: self.what.clone(),
-                count,
-            }),
+            Some(_) if count != 1 => Err(ImportError::Several { what: self.what.clone(), count }),
             reference => Ok(reference.clone()),
         }
     }
@@ -378,43 +310,24 @@ impl Import {
 fn open_layout_file(what: &str, directory: &Path, name: &str) -> Result<fs::File, ImportError> {
     let path: PathBuf = directory.join(name);
     let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound if name == "index.json" => ImportError::NoImage {
-            what: what.to_owned(),
-            reason: "it has no index.json".to_owned(),
-        },
-        io::ErrorKind::NotFound => ImportError::Incomplete {
-            what: what.to_owned(),
-            missing: name.to_owned(),
-        },
-        _ => ImportError::Read {
-            what: path.display().to_string(),
-            source,
-        },
+        io::ErrorKind::NotFound if name == "index.json" => {
+            ImportError::NoImage { what: what.to_owned(), reason: "it has no index.json".to_owned() }
+        }
+        io::ErrorKind::NotFound => ImportError::Incomplete { what: what.to_owned(), missing: name.to_owned() },
+        _ => ImportError::Read { what: path.display().to_string(), source },
     };
     // From <fcntl.h>: O_NOFOLLOW and O_NONBLOCK, the same on all that we run on.
     let flags = 0o400_000 | 0o4_000;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags)
-        .open(&path)
-        .map_err(failed)?;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is not a regular file",
-        )));
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")));
     }
     Ok(file)
 }
 
-fn read_layout_file(
-    import: &mut Import,
-    directory: &Path,
-    name: &str,
-) -> Result<Vec<u8>, ImportError> {
+fn read_layout_file(import: &mut Import, directory: &Path, name: &str) -> Result<Vec<u8>, ImportError> {
     let file = open_layout_file(&import.what, directory, name)?;
-    crate::store::read_bounded(file, MAX_MANIFEST_BYTES, &directory.join(name))
-        .map_err(import.content())
+    crate::store::read_bounded(file, MAX_MANIFEST_BYTES, &directory.join(name)).map_err(import.content())
 }
 
 #[cfg(test)]

@@ -82,9 +82,7 @@ pub struct LayerReader {
 
 impl std::fmt::Debug for LayerReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LayerReader")
-            .field("digest", &self.digest)
-            .finish_non_exhaustive()
+        f.debug_struct("LayerReader").field("digest", &self.digest).finish_non_exhaustive()
     }
 }
 
@@ -97,12 +95,7 @@ impl Store {
         let path = self.blob_path(&layer.digest);
         let file: File = self.blob(&layer.digest)?;
         let stream = decompress(file).map_err(StoreError::io("decompress", &path))?;
-        Ok(LayerReader {
-            stream: Hashing::new(stream),
-            digest: layer.digest,
-            diff_id: layer.diff_id,
-            checked: false,
-        })
+        Ok(LayerReader { stream: Hashing::new(stream), digest: layer.digest, diff_id: layer.diff_id, checked: false })
     }
 
     /// Reads a layer to its end, so that its diff id is checked.
@@ -112,9 +105,7 @@ impl Store {
     pub fn verify_layer(&self, layer: &Layer) -> Result<(), StoreError> {
         let path = self.blob_path(&layer.digest);
         let mut reader = self.layer_tar(layer)?;
-        reader
-            .drain()
-            .map_err(StoreError::io("read the layer", &path))
+        reader.drain().map_err(StoreError::io("read the layer", &path))
     }
 }
 
@@ -137,10 +128,7 @@ impl Read for LayerReader {
         }
         let refused = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
         let count = self.stream.read(buffer).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("the layer {} can't be decompressed: {error}", self.digest),
-            )
+            io::Error::new(error.kind(), format!("the layer {} can't be decompressed: {error}", self.digest))
         })?;
         if self.stream.count() > MAX_LAYER_TAR_BYTES {
             return Err(refused(format!(

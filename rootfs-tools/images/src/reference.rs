@@ -36,9 +36,7 @@ pub enum ReferenceError {
     #[error("the image name {0:?}... is longer than {MAX_NAME_BYTES} bytes")]
     TooLong(String),
     /// The part before the first slash looks like a host but is none.
-    #[error(
-        "in the image reference {reference:?}, {registry:?} is not a registry: write HOST or HOST:PORT"
-    )]
+    #[error("in the image reference {reference:?}, {registry:?} is not a registry: write HOST or HOST:PORT")]
     Registry {
         /// The whole text.
         reference: String,
@@ -141,21 +139,13 @@ impl Reference {
     /// `tag` is malformed.
     pub fn with_tag(&self, tag: &str) -> Result<Self, ReferenceError> {
         check_tag(tag, tag)?;
-        Ok(Self {
-            tag: Some(tag.to_owned()),
-            digest: None,
-            ..self.clone()
-        })
+        Ok(Self { tag: Some(tag.to_owned()), digest: None, ..self.clone() })
     }
 
     /// The same name with a digest and no tag.
     #[must_use]
     pub fn with_digest(&self, digest: Digest) -> Self {
-        Self {
-            tag: None,
-            digest: Some(digest),
-            ..self.clone()
-        }
+        Self { tag: None, digest: Some(digest), ..self.clone() }
     }
 
     fn with_suffix(&self, mut text: String) -> String {
@@ -185,10 +175,7 @@ impl FromStr for Reference {
         let (rest, digest) = match text.split_once('@') {
             None => (text, None),
             Some((rest, digest)) => {
-                let digest = digest.parse().map_err(|source| ReferenceError::Digest {
-                    reference: shown(),
-                    source,
-                })?;
+                let digest = digest.parse().map_err(|source| ReferenceError::Digest { reference: shown(), source })?;
                 (rest, Some(digest))
             }
         };
@@ -207,11 +194,7 @@ impl FromStr for Reference {
             Some((first, rest)) if is_registry(first) => (first, rest),
             _ => (DEFAULT_REGISTRY, name),
         };
-        let registry = if registry == "index.docker.io" {
-            DEFAULT_REGISTRY
-        } else {
-            registry
-        };
+        let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
         check_registry(&shown(), registry)?;
         for component in path.split('/') {
             if !is_path_component(component) {
@@ -233,32 +216,20 @@ impl FromStr for Reference {
             (None, None) => Some(DEFAULT_TAG.to_owned()),
             (tag, _) => tag,
         };
-        Ok(Self {
-            registry: registry.to_owned(),
-            repository,
-            tag,
-            digest,
-        })
+        Ok(Self { registry: registry.to_owned(), repository, tag, digest })
     }
 }
 
 fn is_registry(first: &str) -> bool {
-    first.contains(['.', ':', '['])
-        || first == "localhost"
-        || first.bytes().any(|byte| byte.is_ascii_uppercase())
+    first.contains(['.', ':', '[']) || first == "localhost" || first.bytes().any(|byte| byte.is_ascii_uppercase())
 }
 
 fn check_registry(reference: &str, registry: &str) -> Result<(), ReferenceError> {
-    let refused = || ReferenceError::Registry {
-        reference: reference.to_owned(),
-        registry: registry.to_owned(),
-    };
+    let refused = || ReferenceError::Registry { reference: reference.to_owned(), registry: registry.to_owned() };
     let (host, port) = match registry.strip_prefix('[') {
         Some(rest) => {
             let (address, port) = rest.split_once(']').ok_or_else(refused)?;
-            address
-                .parse::<std::net::Ipv6Addr>()
-                .map_err(|_| refused())?;
+            address.parse::<std::net::Ipv6Addr>().map_err(|_| refused())?;
             match port {
                 "" => (None, None),
                 port => (None, Some(port.strip_prefix(':').ok_or_else(refused)?)),
@@ -273,20 +244,13 @@ fn check_registry(reference: &str, registry: &str) -> Result<(), ReferenceError>
         !label.is_empty()
             && !label.starts_with('-')
             && !label.ends_with('-')
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     let good_host = host.is_none_or(|host| host.split('.').all(label));
     let good_port = port.is_none_or(|port| {
-        port.bytes().all(|byte| byte.is_ascii_digit())
-            && port.parse::<u16>().is_ok_and(|port| port != 0)
+        port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port != 0)
     });
-    if good_host && good_port {
-        Ok(())
-    } else {
-        Err(refused())
-    }
+    if good_host && good_port { Ok(()) } else { Err(refused()) }
 }
 
 fn is_path_component(component: &str) -> bool {
@@ -297,9 +261,9 @@ fn is_path_component(component: &str) -> bool {
         return false;
     }
     // What is between two runs of letters and digits is one separator.
-    bytes.split(|byte| alphanumeric(*byte)).all(|separator| {
-        matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|byte| *byte == b'-')
-    })
+    bytes
+        .split(|byte| alphanumeric(*byte))
+        .all(|separator| matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|byte| *byte == b'-'))
 }
 
 fn check_tag(reference: &str, tag: &str) -> Result<(), ReferenceError> {
@@ -307,16 +271,11 @@ fn check_tag(reference: &str, tag: &str) -> Result<(), ReferenceError> {
     let bytes = tag.as_bytes();
     let good = bytes.len() <= MAX_TAG_BYTES
         && bytes.first().is_some_and(|byte| word(*byte))
-        && bytes
-            .iter()
-            .all(|byte| word(*byte) || matches!(byte, b'.' | b'-'));
+        && bytes.iter().all(|byte| word(*byte) || matches!(byte, b'.' | b'-'));
     if good {
         return Ok(());
     }
-    Err(ReferenceError::Tag {
-        reference: reference.chars().take(300).collect(),
-        tag: tag.chars().take(300).collect(),
-    })
+    Err(ReferenceError::Tag { reference: reference.chars().take(300).collect(), tag: tag.chars().take(300).collect() })
 }
 
 #[cfg(test)]

@@ -54,22 +54,13 @@ impl Store {
         format: Format,
         output: impl Write,
     ) -> Result<(), SaveError> {
-        let mut archive = Archive {
-            tar: Builder::new(output),
-            written: HashSet::new(),
-        };
+        let mut archive = Archive { tar: Builder::new(output), written: HashSet::new() };
         match format {
             Format::DockerArchive => self.save_docker(images, &mut archive)?,
             Format::OciArchive => self.save_oci(images, &mut archive)?,
         }
-        let finished = archive
-            .tar
-            .into_inner()
-            .and_then(|mut output| output.flush());
-        finished.map_err(|source| SaveError::Write {
-            what: "the end".to_owned(),
-            source,
-        })
+        let finished = archive.tar.into_inner().and_then(|mut output| output.flush());
+        finished.map_err(|source| SaveError::Write { what: "the end".to_owned(), source })
     }
 
     fn save_oci(
@@ -81,17 +72,9 @@ impl Store {
         let mut manifests = Vec::new();
         for (image, references) in images {
             // The platform's manifest alone: the others that an index names are not here.
-            let media_type = image
-                .manifest
-                .media_type()
-                .as_ref()
-                .map(ToString::to_string);
+            let media_type = image.manifest.media_type().as_ref().map(ToString::to_string);
             let media_type = media_type.unwrap_or_else(|| crate::image::OCI_MANIFEST.to_owned());
-            let top = Top {
-                media_type,
-                digest: image.digest,
-                size: image.manifest_json.len() as u64,
-            };
+            let top = Top { media_type, digest: image.digest, size: image.manifest_json.len() as u64 };
             let descriptor = |name: Option<&Reference>| {
                 let mut descriptor = json!({
                     "mediaType": top.media_type, "digest": top.digest.to_string(), "size": top.size,
@@ -106,18 +89,12 @@ impl Store {
             };
             match references.as_ref().unwrap_or(&image.references).as_slice() {
                 [] => manifests.push(descriptor(None)),
-                references => {
-                    manifests.extend(references.iter().map(|name| descriptor(Some(name))))
-                }
+                references => manifests.extend(references.iter().map(|name| descriptor(Some(name)))),
             }
             archive.bytes(&blob_name(&image.digest), &image.manifest_json)?;
             archive.bytes(&blob_name(&image.config_digest), &image.config_json)?;
             for layer in &image.layers {
-                archive.stream(
-                    &blob_name(&layer.digest),
-                    layer.size,
-                    self.blob(&layer.digest)?,
-                )?;
+                archive.stream(&blob_name(&layer.digest), layer.size, self.blob(&layer.digest)?)?;
             }
         }
         let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests });
@@ -139,10 +116,7 @@ impl Store {
                 if !archive.written.contains(&name) {
                     // A tar header has the length first, and the compressed layer does not tell it.
                     let mut length = 0;
-                    let failed = |source| SaveError::Write {
-                        what: name.clone(),
-                        source,
-                    };
+                    let failed = |source| SaveError::Write { what: name.clone(), source };
                     let mut reader = self.layer_tar(layer)?;
                     let mut chunk = vec![0; 128 << 10];
                     loop {
@@ -157,14 +131,10 @@ impl Store {
             }
             let references = references.as_ref().unwrap_or(&image.references);
             // docker's archives have tags alone.
-            let tags = references.iter().filter_map(|reference| {
-                reference
-                    .tag()
-                    .map(|tag| format!("{}:{tag}", reference.familiar_name()))
-            });
-            items.push(
-                json!({ "Config": config, "RepoTags": tags.collect::<Vec<_>>(), "Layers": layers }),
-            );
+            let tags = references
+                .iter()
+                .filter_map(|reference| reference.tag().map(|tag| format!("{}:{tag}", reference.familiar_name())));
+            items.push(json!({ "Config": config, "RepoTags": tags.collect::<Vec<_>>(), "Layers": layers }));
         }
         archive.bytes("manifest.json", &serde_json::to_vec(&items)?)
     }
@@ -195,9 +165,6 @@ impl<W: Write> Archive<W> {
         header.set_size(len_bytes);
         self.tar
             .append_data(&mut header, name, content)
-            .map_err(|source| SaveError::Write {
-                what: name.to_owned(),
-                source,
-            })
+            .map_err(|source| SaveError::Write { what: name.to_owned(), source })
     }
 }

@@ -60,30 +60,23 @@ impl Store {
     /// # Errors
     /// The directory can't be made or read, or holds another version of the layout.
     pub fn open(directory: impl Into<PathBuf>) -> Result<Self, StoreError> {
-        let store = Self {
-            directory: directory.into(),
-        };
+        let store = Self { directory: directory.into() };
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o755);
         for sub in ["blobs/sha256", "tmp", "pins"] {
             let path = store.directory.join(sub);
-            builder
-                .create(&path)
-                .map_err(StoreError::io("make the directory", &path))?;
+            builder.create(&path).map_err(StoreError::io("make the directory", &path))?;
         }
         let header = store.directory.join("oci-layout");
         match fs::read(&header) {
             Ok(bytes) => {
-                let version = serde_json::from_slice::<index::LayoutHeader>(&bytes)
-                    .map(|header| header.version);
+                let version = serde_json::from_slice::<index::LayoutHeader>(&bytes).map(|header| header.version);
                 match version.as_deref() {
                     Ok("1.0.0") => (),
                     _ => {
                         return Err(StoreError::Corrupt {
                             what: header.display().to_string(),
-                            reason:
-                                "it names no layout of version 1.0.0: is this directory a store?"
-                                    .to_owned(),
+                            reason: "it names no layout of version 1.0.0: is this directory a store?".to_owned(),
                         });
                     }
                 }
@@ -119,10 +112,7 @@ impl Store {
     pub fn blob(&self, digest: &Digest) -> Result<File, StoreError> {
         let path = self.blob_path(digest);
         File::open(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => StoreError::MissingBlob {
-                digest: *digest,
-                store: self.directory.clone(),
-            },
+            io::ErrorKind::NotFound => StoreError::MissingBlob { digest: *digest, store: self.directory.clone() },
             _ => StoreError::io("open the blob", &path)(error),
         })
     }
@@ -166,25 +156,17 @@ impl Store {
         let prefix = name.strip_prefix("sha256:").unwrap_or(name);
         if !prefix.is_empty()
             && prefix.len() <= 64
-            && prefix
-                .bytes()
-                .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+            && prefix.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
         {
             let _lock = self.lock(Lock::Shared)?;
             let mut found = self.images()?;
             found.retain(|image| {
-                [image.id(), image.digest, image.top.digest]
-                    .iter()
-                    .any(|digest| digest.hex().starts_with(prefix))
+                [image.id(), image.digest, image.top.digest].iter().any(|digest| digest.hex().starts_with(prefix))
             });
             if found.len() > 1 {
                 return Err(StoreError::Ambiguous {
                     prefix: name.to_owned(),
-                    ids: found
-                        .iter()
-                        .map(|image| image.id().short())
-                        .collect::<Vec<_>>()
-                        .join(", "),
+                    ids: found.iter().map(|image| image.id().short()).collect::<Vec<_>>().join(", "),
                 });
             }
             if let Some(image) = found.pop() {
@@ -192,10 +174,7 @@ impl Store {
             }
         }
         match reference {
-            Ok(reference) => Err(StoreError::NotFound {
-                name: reference.familiar(),
-                store: self.directory.clone(),
-            }),
+            Ok(reference) => Err(StoreError::NotFound { name: reference.familiar(), store: self.directory.clone() }),
             Err(source) => Err(StoreError::Reference(source)),
         }
     }
@@ -241,10 +220,7 @@ impl Store {
         let _lock = self.lock(Lock::Exclusive)?;
         let mut index = self.load_index()?;
         if !index.holds(&image.top.digest) {
-            return Err(StoreError::NotFound {
-                name: name.to_owned(),
-                store: self.directory.clone(),
-            });
+            return Err(StoreError::NotFound { name: name.to_owned(), store: self.directory.clone() });
         }
         index.add(image.top, Some(reference.clone()));
         self.save_index(&index)
@@ -258,10 +234,7 @@ impl Store {
     pub fn remove(&self, name: &str, force: bool) -> Result<Removed, StoreError> {
         let reference = name.parse::<Reference>().ok();
         let by_reference = match &reference {
-            Some(reference) => self
-                .load_index()?
-                .by_reference(reference)
-                .map(|entry| entry.descriptor.digest),
+            Some(reference) => self.load_index()?.by_reference(reference).map(|entry| entry.descriptor.digest),
             None => None,
         };
         // A damaged image can still be removed by its reference: it is not read then.
@@ -277,34 +250,22 @@ impl Store {
             _ if references.len() > 1 && !force => {
                 return Err(StoreError::SeveralReferences {
                     name: name.to_owned(),
-                    references: references
-                        .iter()
-                        .map(Reference::familiar)
-                        .collect::<Vec<_>>()
-                        .join(", "),
+                    references: references.iter().map(Reference::familiar).collect::<Vec<_>>().join(", "),
                 });
             }
             _ => references.clone(),
         };
-        let last = references
-            .iter()
-            .all(|reference| untagged.contains(reference));
+        let last = references.iter().all(|reference| untagged.contains(reference));
         if last && !force {
             let users = self.pins_of(&digest)?;
             if !users.is_empty() {
-                return Err(StoreError::InUse {
-                    name: name.to_owned(),
-                    by: users.join(", "),
-                });
+                return Err(StoreError::InUse { name: name.to_owned(), by: users.join(", ") });
             }
         }
         for reference in &untagged {
             index.untag(reference);
         }
-        let mut removed = Removed {
-            untagged,
-            ..Removed::default()
-        };
+        let mut removed = Removed { untagged, ..Removed::default() };
         if last {
             let reach = self.reach([digest].into_iter().collect());
             index.drop_image(&digest);
@@ -349,9 +310,7 @@ impl Store {
         let _lock = self.lock(Lock::Shared)?;
         loop {
             let count = COUNT.fetch_add(1, Ordering::Relaxed);
-            let path = self
-                .directory
-                .join(format!("tmp/{kind}-{}-{count}", std::process::id()));
+            let path = self.directory.join(format!("tmp/{kind}-{}-{count}", std::process::id()));
             let mut options = OpenOptions::new();
             options.read(true).append(true).create_new(true).mode(0o644);
             match options.open(&path) {
@@ -370,21 +329,13 @@ impl Store {
     pub(crate) fn replace(&self, path: &Path, content: &[u8]) -> Result<(), StoreError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let temporary = self
-            .directory
-            .join(format!("tmp/file-{}-{count}", std::process::id()));
+        let temporary = self.directory.join(format!("tmp/file-{}-{count}", std::process::id()));
         let written = || -> io::Result<()> {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o644)
-                .open(&temporary)?;
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&temporary)?;
             file.write_all(content)?;
             file.sync_all()?;
             fs::rename(&temporary, path)?;
-            path.parent()
-                .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+            path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
         };
         written().map_err(|source| {
             let _ = fs::remove_file(&temporary);
@@ -394,20 +345,11 @@ impl Store {
 }
 
 /// Reads all of a file of at most `limit` bytes.
-pub(crate) fn read_bounded(
-    file: impl Read,
-    limit: u64,
-    path: &Path,
-) -> Result<Vec<u8>, StoreError> {
+pub(crate) fn read_bounded(file: impl Read, limit: u64, path: &Path) -> Result<Vec<u8>, StoreError> {
     let mut bytes = Vec::new();
-    file.take(limit.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(StoreError::io("read", path))?;
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(StoreError::io("read", path))?;
     if bytes.len() as u64 > limit {
-        return Err(StoreError::TooLong {
-            what: path.display().to_string(),
-            limit,
-        });
+        return Err(StoreError::TooLong { what: path.display().to_string(), limit });
     }
     Ok(bytes)
 }

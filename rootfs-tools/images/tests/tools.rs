@@ -30,10 +30,7 @@ fn check(store: &Store, image: &Image) {
     assert_eq!(image.layers.len(), 2);
     assert_eq!(greeting(store, image), "hello\n");
     let config = image.config.config().as_ref().unwrap();
-    assert_eq!(
-        config.cmd().as_deref(),
-        Some(["/bin/sh".to_owned()].as_slice())
-    );
+    assert_eq!(config.cmd().as_deref(), Some(["/bin/sh".to_owned()].as_slice()));
     assert_eq!(config.working_dir().as_deref(), Some("/etc"));
     for layer in &image.layers {
         store.verify_layer(layer).unwrap();
@@ -51,24 +48,9 @@ fn what_the_tools_write_is_imported_and_they_read_it_back() {
     let at = |name: &str| directory.path().join(name).display().to_string();
     let layout = umoci_layout(directory.path());
     let source = format!("oci:{layout}:latest");
-    skopeo_copy(
-        &[],
-        &source,
-        &format!("oci-archive:{}:example.test/app:oci", at("app-oci.tar")),
-    );
-    skopeo_copy(
-        &[],
-        &source,
-        &format!(
-            "docker-archive:{}:example.test/app:docker",
-            at("app-docker.tar")
-        ),
-    );
-    skopeo_copy(
-        &["--dest-compress-format", "zstd"],
-        &source,
-        &format!("oci:{}:v2", at("zstd")),
-    );
+    skopeo_copy(&[], &source, &format!("oci-archive:{}:example.test/app:oci", at("app-oci.tar")));
+    skopeo_copy(&[], &source, &format!("docker-archive:{}:example.test/app:docker", at("app-docker.tar")));
+    skopeo_copy(&["--dest-compress-format", "zstd"], &source, &format!("oci:{}:v2", at("zstd")));
 
     let store = Store::open(directory.path().join("store")).unwrap();
     let import = |name: &str| {
@@ -83,15 +65,7 @@ fn what_the_tools_write_is_imported_and_they_read_it_back() {
         (&at("zstd"), "zstd:v2"),
     ] {
         let image = import(name);
-        assert_eq!(
-            image
-                .references
-                .iter()
-                .map(|name| name.familiar())
-                .collect::<Vec<_>>(),
-            [reference],
-            "{name}"
-        );
+        assert_eq!(image.references.iter().map(|name| name.familiar()).collect::<Vec<_>>(), [reference], "{name}");
         check(&store, &image);
         check(&store, &store.resolve(reference).unwrap());
     }
@@ -100,62 +74,28 @@ fn what_the_tools_write_is_imported_and_they_read_it_back() {
     assert_eq!(store.resolve("example.test/app:docker").unwrap().id(), id);
 
     // Again, from a pipe.
-    let mut cat = Command::new("cat")
-        .arg(at("app-docker.tar"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let options = ImportOptions {
-        reference: Some("piped:1".parse().unwrap()),
-        stem: None,
-    };
-    let images = import_stream(
-        &store,
-        cat.stdout.take().unwrap(),
-        "the standard input",
-        &options,
-    )
-    .unwrap();
+    let mut cat = Command::new("cat").arg(at("app-docker.tar")).stdout(Stdio::piped()).spawn().unwrap();
+    let options = ImportOptions { reference: Some("piped:1".parse().unwrap()), stem: None };
+    let images = import_stream(&store, cat.stdout.take().unwrap(), "the standard input", &options).unwrap();
     assert_eq!(images[0].references, [options.reference.unwrap()]);
     assert!(cat.wait().unwrap().success());
 
     // skopeo reads the store in place, and what we save.
-    let in_place = format!(
-        "oci:{}:docker.io/library/busybox:latest",
-        store.directory().display()
-    );
-    let inspected: serde_json::Value =
-        serde_json::from_str(&run("skopeo", &["inspect", &in_place])).unwrap();
+    let in_place = format!("oci:{}:docker.io/library/busybox:latest", store.directory().display());
+    let inspected: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", &in_place])).unwrap();
     assert_eq!(inspected["Layers"].as_array().unwrap().len(), 2);
-    let images: Vec<_> = ["busybox", "zstd:v2", "example.test/app:docker"]
-        .map(|name| (store.resolve(name).unwrap(), None))
-        .into();
+    let images: Vec<_> =
+        ["busybox", "zstd:v2", "example.test/app:docker"].map(|name| (store.resolve(name).unwrap(), None)).into();
     for (format, transport, file, name) in [
-        (
-            Format::DockerArchive,
-            "docker-archive",
-            "saved-docker.tar",
-            "zstd:v2",
-        ),
-        (
-            Format::OciArchive,
-            "oci-archive",
-            "saved-oci.tar",
-            "docker.io/library/zstd:v2",
-        ),
+        (Format::DockerArchive, "docker-archive", "saved-docker.tar", "zstd:v2"),
+        (Format::OciArchive, "oci-archive", "saved-oci.tar", "docker.io/library/zstd:v2"),
     ] {
-        store
-            .save(&images, format, File::create(at(file)).unwrap())
-            .unwrap();
+        store.save(&images, format, File::create(at(file)).unwrap()).unwrap();
         let from = format!("{transport}:{}:{name}", at(file));
         let inspected: serde_json::Value =
             serde_json::from_str(&run("skopeo", &["inspect", "--config", &from])).unwrap();
         assert_eq!(inspected["config"]["WorkingDir"], "/etc");
-        skopeo_copy(
-            &[],
-            &from,
-            &format!("dir:{}", at(&format!("copied-{file}"))),
-        );
+        skopeo_copy(&[], &from, &format!("dir:{}", at(&format!("copied-{file}"))));
         // And so do we, several images at once.
         let other = Store::open(directory.path().join(format!("store-{file}"))).unwrap();
         let images = import_path(&other, Path::new(&at(file)), &ImportOptions::default()).unwrap();
@@ -166,25 +106,13 @@ fn what_the_tools_write_is_imported_and_they_read_it_back() {
         let refused = import_path(
             &other,
             Path::new(&at(file)),
-            &ImportOptions {
-                reference: Some("x".parse().unwrap()),
-                stem: None,
-            },
+            &ImportOptions { reference: Some("x".parse().unwrap()), stem: None },
         );
-        assert!(matches!(
-            refused,
-            Err(ImportError::Several { count: 3, .. })
-        ));
+        assert!(matches!(refused, Err(ImportError::Several { count: 3, .. })));
     }
     // Saving is reproducible.
     let again = at("again.tar");
-    store
-        .save(
-            &images,
-            Format::DockerArchive,
-            File::create(&again).unwrap(),
-        )
-        .unwrap();
+    store.save(&images, Format::DockerArchive, File::create(&again).unwrap()).unwrap();
     assert!(fs::read(again).unwrap() == fs::read(at("saved-docker.tar")).unwrap());
 }
 
@@ -195,43 +123,16 @@ fn podman_writes_and_reads() {
     let layout = umoci_layout(directory.path());
     let (root, runroot) = (at("podman"), at("podman-run"));
     let podman = |arguments: &[&str]| {
-        let mut all = vec![
-            "--root",
-            &root,
-            "--runroot",
-            &runroot,
-            "--storage-driver",
-            "vfs",
-        ];
+        let mut all = vec!["--root", &root, "--runroot", &runroot, "--storage-driver", "vfs"];
         all.extend(arguments);
         run("podman", &all)
     };
-    skopeo_copy(
-        &[],
-        &format!("oci:{layout}:latest"),
-        &format!("docker-archive:{}:localhost/app:1", at("app.tar")),
-    );
+    skopeo_copy(&[], &format!("oci:{layout}:latest"), &format!("docker-archive:{}:localhost/app:1", at("app.tar")));
     podman(&["load", "-q", "-i", &at("app.tar")]);
     podman(&["tag", "localhost/app:1", "localhost/app:2"]);
     podman(&["save", "-q", "-o", &at("podman.tar"), "localhost/app:1"]);
-    podman(&[
-        "save",
-        "-q",
-        "--format",
-        "oci-archive",
-        "-o",
-        &at("podman-oci.tar"),
-        "localhost/app:1",
-    ]);
-    podman(&[
-        "save",
-        "-q",
-        "-m",
-        "-o",
-        &at("podman-several.tar"),
-        "localhost/app:1",
-        "localhost/app:2",
-    ]);
+    podman(&["save", "-q", "--format", "oci-archive", "-o", &at("podman-oci.tar"), "localhost/app:1"]);
+    podman(&["save", "-q", "-m", "-o", &at("podman-several.tar"), "localhost/app:1", "localhost/app:2"]);
     for name in ["podman.tar", "podman-oci.tar", "podman-several.tar"] {
         let store = Store::open(at(&format!("store-{name}"))).unwrap();
         let images = import_path(&store, Path::new(&at(name)), &ImportOptions::default()).unwrap();
@@ -249,19 +150,7 @@ fn podman_writes_and_reads() {
         podman(&["load", "-q", "-i", &back]);
         podman(&["image", "exists", "localhost/back:1"]);
     }
-    try_run(
-        "podman",
-        &[
-            "--root",
-            &root,
-            "--runroot",
-            &runroot,
-            "--storage-driver",
-            "vfs",
-            "rmi",
-            "-fa",
-        ],
-    );
+    try_run("podman", &["--root", &root, "--runroot", &runroot, "--storage-driver", "vfs", "rmi", "-fa"]);
 }
 
 #[test]
@@ -271,22 +160,14 @@ fn damaged_archives_leave_nothing() {
     let layout = umoci_layout(directory.path());
     let source = format!("oci:{layout}:latest");
     for (transport, name) in [("oci-archive", "oci.tar"), ("docker-archive", "docker.tar")] {
-        skopeo_copy(
-            &[],
-            &source,
-            &format!("{transport}:{}:example.test/app:1", at(name).display()),
-        );
+        skopeo_copy(&[], &source, &format!("{transport}:{}:example.test/app:1", at(name).display()));
         let good = fs::read(at(name)).unwrap();
         let store = Store::open(at(&format!("store-{name}"))).unwrap();
         // Cut short, at many places; and with one byte changed, at as many.
         for part in 1..24 {
             let cut = good.len() * part / 24 / 512 * 512 + 7;
-            let failure = import_stream(
-                &store,
-                std::io::Cursor::new(good[..cut].to_vec()),
-                "cut",
-                &ImportOptions::default(),
-            );
+            let failure =
+                import_stream(&store, std::io::Cursor::new(good[..cut].to_vec()), "cut", &ImportOptions::default());
             // The last part may be what follows the end.
             if cut + 12_000 < good.len() {
                 failure.unwrap_err();
@@ -294,14 +175,7 @@ fn damaged_archives_leave_nothing() {
             }
             let mut bad = good.clone();
             bad[cut] ^= 0x55;
-            if import_stream(
-                &store,
-                std::io::Cursor::new(bad),
-                "bad",
-                &ImportOptions::default(),
-            )
-            .is_ok()
-            {
+            if import_stream(&store, std::io::Cursor::new(bad), "bad", &ImportOptions::default()).is_ok() {
                 // Where nobody looks: padding, times, owners.
                 store.remove("example.test/app:1", false).unwrap();
             }

@@ -5,15 +5,12 @@ use serde_json::{Value, json};
 use super::*;
 
 fn top(bytes: &[u8], media_type: &str) -> Top {
-    Top {
-        media_type: media_type.to_owned(),
-        digest: Digest::of(bytes),
-        size: bytes.len() as u64,
-    }
+    Top { media_type: media_type.to_owned(), digest: Digest::of(bytes), size: bytes.len() as u64 }
 }
 
 fn descriptor(number: usize, platform: Option<Value>) -> Value {
-    let mut descriptor = json!({ "mediaType": OCI_MANIFEST, "digest": Digest::of(&[number as u8]).to_string(), "size": 1 });
+    let mut descriptor =
+        json!({ "mediaType": OCI_MANIFEST, "digest": Digest::of(&[number as u8]).to_string(), "size": 1 });
     if let Some(platform) = platform {
         descriptor["platform"] = platform;
     }
@@ -21,12 +18,8 @@ fn descriptor(number: usize, platform: Option<Value>) -> Value {
 }
 
 fn selected(platforms: &[Option<Value>]) -> Result<Digest, StoreError> {
-    let manifests: Vec<Value> = platforms
-        .iter()
-        .cloned()
-        .enumerate()
-        .map(|(at, platform)| descriptor(at, platform))
-        .collect();
+    let manifests: Vec<Value> =
+        platforms.iter().cloned().enumerate().map(|(at, platform)| descriptor(at, platform)).collect();
     let bytes = serde_json::to_vec(&json!({ "schemaVersion": 2, "manifests": manifests })).unwrap();
     match parse(&top(&bytes, OCI_INDEX), &bytes)? {
         Parsed::Index(index) => select("the index", &index).map(|top| top.digest),
@@ -47,22 +40,12 @@ fn this_platform_is_selected() {
     let arm = platform("linux", "arm64", Some("v8"));
     let amd64 = platform("linux", "amd64", None);
     let attestation = platform("unknown", "unknown", None);
+    assert_eq!(selected(&[arm.clone(), attestation.clone(), amd64.clone()]).unwrap(), number(2));
     assert_eq!(
-        selected(&[arm.clone(), attestation.clone(), amd64.clone()]).unwrap(),
-        number(2)
-    );
-    assert_eq!(
-        selected(&[
-            platform("linux", "amd64", Some("v3")),
-            platform("linux", "amd64", Some("v1"))
-        ])
-        .unwrap(),
+        selected(&[platform("linux", "amd64", Some("v3")), platform("linux", "amd64", Some("v1"))]).unwrap(),
         number(1)
     );
-    assert_eq!(
-        selected(&[platform("windows", "amd64", None), amd64]).unwrap(),
-        number(1)
-    );
+    assert_eq!(selected(&[platform("windows", "amd64", None), amd64]).unwrap(), number(1));
     assert_eq!(selected(&[None]).unwrap(), number(0));
     match selected(&[arm, attestation]) {
         Err(error @ StoreError::NoPlatform { .. }) => {
@@ -75,25 +58,12 @@ fn this_platform_is_selected() {
 
 #[test]
 fn documents_that_are_ambiguous_or_of_another_kind_are_refused() {
-    let config =
-        json!({ "mediaType": OCI_CONFIG, "digest": Digest::of(b"c").to_string(), "size": 1 });
+    let config = json!({ "mediaType": OCI_CONFIG, "digest": Digest::of(b"c").to_string(), "size": 1 });
     for (media_type, document) in [
-        (
-            OCI_MANIFEST,
-            json!({ "schemaVersion": 2, "config": config, "layers": [], "manifests": [] }),
-        ),
-        (
-            OCI_INDEX,
-            json!({ "schemaVersion": 2, "config": config, "layers": [], "manifests": [] }),
-        ),
-        (
-            OCI_MANIFEST,
-            json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "config": config, "layers": [] }),
-        ),
-        (
-            "application/vnd.docker.distribution.manifest.v1+prettyjws",
-            json!({ "schemaVersion": 1 }),
-        ),
+        (OCI_MANIFEST, json!({ "schemaVersion": 2, "config": config, "layers": [], "manifests": [] })),
+        (OCI_INDEX, json!({ "schemaVersion": 2, "config": config, "layers": [], "manifests": [] })),
+        (OCI_MANIFEST, json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "config": config, "layers": [] })),
+        ("application/vnd.docker.distribution.manifest.v1+prettyjws", json!({ "schemaVersion": 1 })),
         ("", json!({ "schemaVersion": 1, "fsLayers": [] })),
         ("text/html", json!({})),
         (OCI_MANIFEST, json!([])),
@@ -103,44 +73,30 @@ fn documents_that_are_ambiguous_or_of_another_kind_are_refused() {
         ),
     ] {
         let bytes = serde_json::to_vec(&document).unwrap();
-        assert!(
-            parse(&top(&bytes, media_type), &bytes).is_err(),
-            "{document}"
-        );
+        assert!(parse(&top(&bytes, media_type), &bytes).is_err(), "{document}");
     }
-    let many: Vec<Value> = (0..=MAX_MANIFESTS_PER_INDEX)
-        .map(|number| descriptor(number, None))
-        .collect();
+    let many: Vec<Value> = (0..=MAX_MANIFESTS_PER_INDEX).map(|number| descriptor(number, None)).collect();
     let bytes = serde_json::to_vec(&json!({ "schemaVersion": 2, "manifests": many })).unwrap();
     assert!(parse(&top(&bytes, OCI_INDEX), &bytes).is_err());
 }
 
-fn read(
-    layer_type: &str,
-    layers: usize,
-    diff_ids: usize,
-    architecture: &str,
-) -> Result<Image, StoreError> {
+fn read(layer_type: &str, layers: usize, diff_ids: usize, architecture: &str) -> Result<Image, StoreError> {
     let diff_ids = vec![Digest::of(b"t").to_string(); diff_ids];
-    let config = json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
+    let config =
+        json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
     let config = serde_json::to_vec(&config).unwrap();
-    let layer =
-        json!({ "mediaType": layer_type, "digest": Digest::of(b"l").to_string(), "size": 1 });
+    let layer = json!({ "mediaType": layer_type, "digest": Digest::of(b"l").to_string(), "size": 1 });
     let manifest = json!({
         "schemaVersion": 2, "layers": vec![layer; layers],
         "config": { "mediaType": DOCKER_CONFIG, "digest": Digest::of(&config).to_string(), "size": config.len() },
     });
     let manifest = serde_json::to_vec(&manifest).unwrap();
-    Image::read(
-        &top(&manifest, DOCKER_MANIFEST),
-        Vec::new(),
-        |_, document| {
-            Ok(match document {
-                Document::Manifest => manifest.clone(),
-                Document::Config => config.clone(),
-            })
-        },
-    )
+    Image::read(&top(&manifest, DOCKER_MANIFEST), Vec::new(), |_, document| {
+        Ok(match document {
+            Document::Manifest => manifest.clone(),
+            Document::Config => config.clone(),
+        })
+    })
 }
 
 #[test]
@@ -154,18 +110,9 @@ fn layers_are_checked() {
         assert_eq!(read(good, 2, 2, "amd64").unwrap().layers.len(), 2);
     }
     for (foreign, hint) in [
-        (
-            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-            "foreign",
-        ),
-        (
-            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
-            "foreign",
-        ),
-        (
-            "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
-            "decrypt",
-        ),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "foreign"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "foreign"),
+        ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "decrypt"),
         ("text/plain", "tar layers"),
     ] {
         let error = read(foreign, 1, 1, "amd64").unwrap_err().to_string();
@@ -173,10 +120,7 @@ fn layers_are_checked() {
     }
     assert!(read(OCI_LAYER, 2, 1, "amd64").is_err());
     assert!(read(OCI_LAYER, 501, 501, "amd64").is_err());
-    assert!(matches!(
-        read(OCI_LAYER, 1, 1, "arm64"),
-        Err(StoreError::NoPlatform { .. })
-    ));
+    assert!(matches!(read(OCI_LAYER, 1, 1, "arm64"), Err(StoreError::NoPlatform { .. })));
 }
 
 proptest! {

@@ -26,9 +26,7 @@ impl Import {
     ) -> Result<Vec<Found>, ImportError> {
         let what = format!("index.json in {}", self.what);
         let content = self.content();
-        let index: ImageIndex = serde_json::from_slice(index)
-            .map_err(StoreError::json(&what))
-            .map_err(&content)?;
+        let index: ImageIndex = serde_json::from_slice(index).map_err(StoreError::json(&what)).map_err(&content)?;
         if index.manifests().len() > MAX_MANIFESTS_PER_INDEX {
             let reason = format!("it lists more than {MAX_MANIFESTS_PER_INDEX} manifests");
             return Err(content(StoreError::Corrupt { what, reason }));
@@ -36,9 +34,8 @@ impl Import {
         let mut groups: Vec<(Option<String>, Vec<&Descriptor>)> = Vec::new();
         for descriptor in index.manifests() {
             let annotations = descriptor.annotations().as_ref();
-            let name = annotations
-                .and_then(|found| found.get(CONTAINERD_NAME).or_else(|| found.get(REF_NAME)))
-                .cloned();
+            let name =
+                annotations.and_then(|found| found.get(CONTAINERD_NAME).or_else(|| found.get(REF_NAME))).cloned();
             // A name that comes more than once, or no name at all, means one image for several platforms.
             match groups.iter_mut().find(|(of_group, _)| *of_group == name) {
                 Some((_, descriptors)) => descriptors.push(descriptor),
@@ -46,19 +43,13 @@ impl Import {
             }
         }
         if groups.is_empty() {
-            return Err(ImportError::NoImage {
-                what: self.what.clone(),
-                reason: "its index.json is empty".to_owned(),
-            });
+            return Err(ImportError::NoImage { what: self.what.clone(), reason: "its index.json is empty".to_owned() });
         }
         let mut all: Vec<Found> = Vec::new();
         for (name, descriptors) in groups {
             let top = match descriptors.as_slice() {
                 [descriptor] => top_of(&what, descriptor),
-                _ if descriptors
-                    .iter()
-                    .all(|descriptor| descriptor.platform().is_none()) =>
-                {
+                _ if descriptors.iter().all(|descriptor| descriptor.platform().is_none()) => {
                     return self.oci_each(&descriptors, directory);
                 }
                 _ => {
@@ -72,10 +63,7 @@ impl Import {
                 Some(name) => self.reference(&name, options)?.into_iter().collect(),
                 None => Vec::new(),
             };
-            match all
-                .iter_mut()
-                .find(|found| found.image.top.digest == image.top.digest)
-            {
+            match all.iter_mut().find(|found| found.image.top.digest == image.top.digest) {
                 Some(found) => found.references.extend(references),
                 None => all.push(Found { image, references }),
             }
@@ -89,39 +77,21 @@ impl Import {
     }
 
     /// Images without a name and a platform are that many images.
-    fn oci_each(
-        &mut self,
-        descriptors: &[&Descriptor],
-        directory: Option<&Path>,
-    ) -> Result<Vec<Found>, ImportError> {
+    fn oci_each(&mut self, descriptors: &[&Descriptor], directory: Option<&Path>) -> Result<Vec<Found>, ImportError> {
         let what = format!("index.json in {}", self.what);
         let mut all = Vec::new();
         for descriptor in descriptors {
             let top = top_of(&what, descriptor).map_err(self.content())?;
-            all.push(Found {
-                image: self.oci_image(&top, directory)?,
-                references: Vec::new(),
-            });
+            all.push(Found { image: self.oci_image(&top, directory)?, references: Vec::new() });
         }
         Ok(all)
     }
 
-    fn oci_image(
-        &mut self,
-        top: &crate::image::Top,
-        directory: Option<&Path>,
-    ) -> Result<Image, ImportError> {
-        let image = Image::read(
-            top,
-            Vec::new(),
-            |digest, document| -> Result<Vec<u8>, Failure> {
-                self.bring(digest, None, directory)?;
-                Ok(self
-                    .transaction
-                    .store()
-                    .read_blob(digest, document.limit())?)
-            },
-        )
+    fn oci_image(&mut self, top: &crate::image::Top, directory: Option<&Path>) -> Result<Image, ImportError> {
+        let image = Image::read(top, Vec::new(), |digest, document| -> Result<Vec<u8>, Failure> {
+            self.bring(digest, None, directory)?;
+            Ok(self.transaction.store().read_blob(digest, document.limit())?)
+        })
         .map_err(|failure| match failure {
             Failure::Import(error) => error,
             Failure::Store(source) => self.content()(source),
@@ -141,48 +111,29 @@ impl Import {
     }
 
     /// Sees to it that a blob is in the store, and tells its size.
-    fn bring(
-        &self,
-        digest: &Digest,
-        size: Option<u64>,
-        directory: Option<&Path>,
-    ) -> Result<u64, ImportError> {
+    fn bring(&self, digest: &Digest, size: Option<u64>, directory: Option<&Path>) -> Result<u64, ImportError> {
         if let Some(size) = self.transaction.claim(digest).map_err(self.content())? {
             return Ok(size);
         }
         let name = format!("blobs/sha256/{}", digest.hex());
         let Some(directory) = directory else {
-            return Err(ImportError::Incomplete {
-                what: self.what.clone(),
-                missing: name,
-            });
+            return Err(ImportError::Incomplete { what: self.what.clone(), missing: name });
         };
         let mut file = open_layout_file(&self.what, directory, &name)?;
         let what = format!("{name} in {}", self.what);
         let size = size.filter(|size| *size <= MAX_BLOB_BYTES);
-        let mut writer = self
-            .transaction
-            .writer(what, Some(*digest), size)
-            .map_err(self.content())?;
+        let mut writer = self.transaction.writer(what, Some(*digest), size).map_err(self.content())?;
         writer.write_from(&mut file).map_err(self.content())?;
         let (_, size) = writer.finish().map_err(self.content())?;
         Ok(size)
     }
 
-    fn reference(
-        &self,
-        name: &str,
-        options: &ImportOptions,
-    ) -> Result<Option<Reference>, ImportError> {
+    fn reference(&self, name: &str, options: &ImportOptions) -> Result<Option<Reference>, ImportError> {
         let full = if name.contains(['/', ':']) {
             name.to_owned()
         } else {
             // A mere tag: the file's or directory's name is all that tells what of.
-            match options
-                .stem
-                .as_deref()
-                .filter(|stem| stem.parse::<Reference>().is_ok())
-            {
+            match options.stem.as_deref().filter(|stem| stem.parse::<Reference>().is_ok()) {
                 Some(stem) => format!("{stem}:{name}"),
                 None => return Ok(None),
             }

@@ -58,19 +58,11 @@ struct Extension {
 
 impl<R: Read> TarStream<R> {
     pub(super) fn new(source: R) -> Self {
-        Self {
-            source,
-            offset: 0,
-            remaining: 0,
-            padding: 0,
-        }
+        Self { source, offset: 0, remaining: 0, padding: 0 }
     }
 
     pub(super) fn refuse(&self, reason: impl Into<String>) -> TarError {
-        TarError {
-            offset: self.offset,
-            reason: reason.into(),
-        }
+        TarError { offset: self.offset, reason: reason.into() }
     }
 
     pub(super) fn truncated(&self, error: &io::Error) -> TarError {
@@ -88,9 +80,7 @@ impl<R: Read> TarStream<R> {
             let Some(header) = self.header()? else {
                 return Ok(None);
             };
-            let size = header
-                .entry_size()
-                .map_err(|error| self.refuse(format!("the size is malformed: {error}")))?;
+            let size = header.entry_size().map_err(|error| self.refuse(format!("the size is malformed: {error}")))?;
             let kind = header.entry_type();
             self.enter(size)?;
             match kind {
@@ -103,12 +93,7 @@ impl<R: Read> TarStream<R> {
         }
     }
 
-    fn member(
-        &mut self,
-        header: &Header,
-        size: u64,
-        extension: Extension,
-    ) -> Result<Member, TarError> {
+    fn member(&mut self, header: &Header, size: u64, extension: Extension) -> Result<Member, TarError> {
         let size = match extension.size {
             Some(size) => {
                 self.enter(size)?;
@@ -127,10 +112,7 @@ impl<R: Read> TarStream<R> {
             kind @ (EntryType::Symlink | EntryType::Link) => {
                 let target = match extension.link {
                     Some(link) => link,
-                    None => header
-                        .link_name_bytes()
-                        .map(|name| name.into_owned())
-                        .unwrap_or_default(),
+                    None => header.link_name_bytes().map(|name| name.into_owned()).unwrap_or_default(),
                 };
                 let base = match (kind, name.rsplit_once('/')) {
                     (EntryType::Symlink, Some((parent, _))) => parent,
@@ -149,14 +131,10 @@ impl<R: Read> TarStream<R> {
     /// A path, from `base`, that stays inside the archive.
     fn within(&self, base: &str, path: &[u8]) -> Result<String, TarError> {
         let shown = || String::from_utf8_lossy(&path[..path.len().min(200)]).into_owned();
-        let text = std::str::from_utf8(path)
-            .map_err(|_| self.refuse(format!("the name {:?} is not UTF-8", shown())))?;
-        let escapes = || {
-            self.refuse(format!(
-                "the name {:?} leads out of the archive: it is not to be trusted",
-                shown()
-            ))
-        };
+        let text =
+            std::str::from_utf8(path).map_err(|_| self.refuse(format!("the name {:?} is not UTF-8", shown())))?;
+        let escapes =
+            || self.refuse(format!("the name {:?} leads out of the archive: it is not to be trusted", shown()));
         if text.starts_with('/') || text.contains('\0') {
             return Err(escapes());
         }
@@ -179,11 +157,7 @@ impl<R: Read> TarStream<R> {
     fn enter(&mut self, size: u64) -> Result<(), TarError> {
         self.remaining = size;
         self.padding = (BLOCK_BYTES - size % BLOCK_BYTES) % BLOCK_BYTES;
-        match self
-            .offset
-            .checked_add(size)
-            .and_then(|end| end.checked_add(BLOCK_BYTES))
-        {
+        match self.offset.checked_add(size).and_then(|end| end.checked_add(BLOCK_BYTES)) {
             Some(_) => Ok(()),
             None => Err(self.refuse(format!("the size {size} is absurd"))),
         }
@@ -233,11 +207,7 @@ impl<R: Read> TarStream<R> {
         }
         let header = Header::from_byte_slice(&block).clone();
         let sum = block.iter().enumerate().fold(0, |sum: u32, (at, byte)| {
-            sum + if (148..156).contains(&at) {
-                u32::from(b' ')
-            } else {
-                u32::from(*byte)
-            }
+            sum + if (148..156).contains(&at) { u32::from(b' ') } else { u32::from(*byte) }
         });
         if header.cksum().ok() != Some(sum) {
             return Err(self.refuse(if self.offset == 0 {
@@ -252,11 +222,12 @@ impl<R: Read> TarStream<R> {
 
     fn extension(&mut self, size: u64, limit: u64) -> Result<Vec<u8>, TarError> {
         if size > limit {
-            return Err(self.refuse(format!("a name or extended header has {size} bytes, and {limit} are the most that is accepted")));
+            return Err(self.refuse(format!(
+                "a name or extended header has {size} bytes, and {limit} are the most that is accepted"
+            )));
         }
         let mut bytes = Vec::new();
-        self.read_to_end(&mut bytes)
-            .map_err(|error| self.truncated(&error))?;
+        self.read_to_end(&mut bytes).map_err(|error| self.truncated(&error))?;
         Ok(bytes)
     }
 
@@ -273,36 +244,20 @@ impl<R: Read> TarStream<R> {
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let malformed = || self.refuse("a pax extended header is malformed");
-            let space = rest
-                .iter()
-                .position(|byte| *byte == b' ')
-                .ok_or_else(malformed)?;
-            let length = std::str::from_utf8(&rest[..space])
-                .ok()
-                .and_then(|digits| digits.parse::<usize>().ok());
-            let length = length
-                .filter(|length| *length > space + 1 && *length <= rest.len())
-                .ok_or_else(malformed)?;
-            let record = rest[space + 1..length]
-                .strip_suffix(b"\n")
-                .ok_or_else(malformed)?;
-            let equals = record
-                .iter()
-                .position(|byte| *byte == b'=')
-                .ok_or_else(malformed)?;
+            let space = rest.iter().position(|byte| *byte == b' ').ok_or_else(malformed)?;
+            let length = std::str::from_utf8(&rest[..space]).ok().and_then(|digits| digits.parse::<usize>().ok());
+            let length = length.filter(|length| *length > space + 1 && *length <= rest.len()).ok_or_else(malformed)?;
+            let record = rest[space + 1..length].strip_suffix(b"\n").ok_or_else(malformed)?;
+            let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(malformed)?;
             let (key, value) = (&record[..equals], &record[equals + 1..]);
             if value.len() as u64 > MAX_ARCHIVE_NAME_BYTES && matches!(key, b"path" | b"linkpath") {
-                return Err(self.refuse(format!(
-                    "a name is longer than {MAX_ARCHIVE_NAME_BYTES} bytes"
-                )));
+                return Err(self.refuse(format!("a name is longer than {MAX_ARCHIVE_NAME_BYTES} bytes")));
             }
             match key {
                 b"path" => extension.path = Some(value.to_vec()),
                 b"linkpath" => extension.link = Some(value.to_vec()),
                 b"size" => {
-                    let size = std::str::from_utf8(value)
-                        .ok()
-                        .and_then(|digits| digits.parse().ok());
+                    let size = std::str::from_utf8(value).ok().and_then(|digits| digits.parse().ok());
                     extension.size = Some(size.ok_or_else(malformed)?);
                 }
                 _ => (),
@@ -315,9 +270,7 @@ impl<R: Read> TarStream<R> {
 
 impl<R: Read> Read for TarStream<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let want = usize::try_from(self.remaining)
-            .unwrap_or(usize::MAX)
-            .min(buffer.len());
+        let want = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(buffer.len());
         if want == 0 {
             return Ok(0);
         }

@@ -24,9 +24,7 @@ fn list(bytes: &[u8]) -> Result<Vec<(Member, Vec<u8>)>, TarError> {
     let mut members = Vec::new();
     while let Some(member) = stream.next_member()? {
         let mut content = Vec::new();
-        stream
-            .read_to_end(&mut content)
-            .map_err(|error| stream.truncated(&error))?;
+        stream.read_to_end(&mut content).map_err(|error| stream.truncated(&error))?;
         members.push((member, content));
     }
     Ok(members)
@@ -41,25 +39,14 @@ fn members_are_read() {
         ("d/", EntryType::Directory, "", b""),
         ("d/link", EntryType::Symlink, "../a", b""),
         ("hard", EntryType::Link, "d/link", b""),
-        (
-            "././@LongLink",
-            EntryType::GNULongName,
-            "",
-            format!("{long}\0").as_bytes(),
-        ),
+        ("././@LongLink", EntryType::GNULongName, "", format!("{long}\0").as_bytes()),
         ("short", EntryType::Regular, "", b"x"),
         ("pax", EntryType::XHeader, "", pax.as_bytes()),
         ("short", EntryType::Regular, "", &[7; 512]),
     ]);
     let members = list(&bytes).unwrap();
-    let names: Vec<&str> = members
-        .iter()
-        .map(|(member, _)| member.name.as_str())
-        .collect();
-    assert_eq!(
-        names,
-        ["a", "d", "d/link", "hard", &long, &format!("pax/{long}")]
-    );
+    let names: Vec<&str> = members.iter().map(|(member, _)| member.name.as_str()).collect();
+    assert_eq!(names, ["a", "d", "d/link", "hard", &long, &format!("pax/{long}")]);
     assert_eq!(members[0].1, b"content");
     assert_eq!(members[2].0.kind, Kind::Link("a".to_owned()));
     assert_eq!(members[3].0.kind, Kind::Link("d/link".to_owned()));
@@ -68,17 +55,11 @@ fn members_are_read() {
 
 #[test]
 fn every_cut_is_noticed_but_those_that_lose_nothing() {
-    let bytes = archive(&[
-        ("a", EntryType::Regular, "", &[1; 700]),
-        ("b", EntryType::Regular, "", b"2"),
-    ]);
+    let bytes = archive(&[("a", EntryType::Regular, "", &[1; 700]), ("b", EntryType::Regular, "", b"2")]);
     for end in 0..bytes.len() {
         let whole = list(&bytes[..end]).is_ok();
         // Nothing, in or after the padding of a member, and after one end block.
-        let lossless = end == 0
-            || (512 + 700..=1536).contains(&end)
-            || (2048 + 1..=2560).contains(&end)
-            || end >= 3072;
+        let lossless = end == 0 || (512 + 700..=1536).contains(&end) || (2048 + 1..=2560).contains(&end) || end >= 3072;
         assert_eq!(whole, lossless, "cut at {end}");
     }
 }
@@ -94,10 +75,7 @@ fn what_leads_out_is_refused() {
         [("a/link", EntryType::Symlink, "/etc/passwd")],
         [("link", EntryType::Link, "../x")],
     ] {
-        let members: Vec<_> = members
-            .iter()
-            .map(|(name, kind, link)| (*name, *kind, *link, b"".as_slice()))
-            .collect();
+        let members: Vec<_> = members.iter().map(|(name, kind, link)| (*name, *kind, *link, b"".as_slice())).collect();
         let error = list(&archive(&members)).unwrap_err();
         assert!(error.reason.contains("leads out"), "{members:?}: {error}");
     }
@@ -113,36 +91,15 @@ fn absurd_headers_are_refused() {
     header.set_cksum();
     assert!(list(header.as_bytes()).is_err());
     let long = vec![b'n'; 5000];
-    assert!(
-        list(&archive(&[("x", EntryType::GNULongName, "", &long)]))
-            .unwrap_err()
-            .reason
-            .contains("4096")
-    );
-    for pax in [
-        "x",
-        "5 a=b",
-        "99 path=a\n",
-        "3 =",
-        "0 a=b\n",
-        "13 size=-12\n",
-        "22 path=a/../../../b\n\n",
-    ] {
+    assert!(list(&archive(&[("x", EntryType::GNULongName, "", &long)])).unwrap_err().reason.contains("4096"));
+    for pax in ["x", "5 a=b", "99 path=a\n", "3 =", "0 a=b\n", "13 size=-12\n", "22 path=a/../../../b\n\n"] {
         assert!(
-            list(&archive(&[
-                ("x", EntryType::XHeader, "", pax.as_bytes()),
-                ("y", EntryType::Regular, "", b"")
-            ]))
-            .is_err(),
+            list(&archive(&[("x", EntryType::XHeader, "", pax.as_bytes()), ("y", EntryType::Regular, "", b"")]))
+                .is_err(),
             "{pax:?}"
         );
     }
-    assert!(
-        list(&[b'x'; 512])
-            .unwrap_err()
-            .reason
-            .contains("is this an archive")
-    );
+    assert!(list(&[b'x'; 512]).unwrap_err().reason.contains("is this an archive"));
 }
 
 proptest! {

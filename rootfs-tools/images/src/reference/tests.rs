@@ -8,42 +8,18 @@ const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca49
 #[test]
 fn names_are_completed_as_docker_does() {
     for (text, full, familiar) in [
-        (
-            "busybox",
-            "docker.io/library/busybox:latest",
-            "busybox:latest",
-        ),
-        (
-            "busybox:1.36",
-            "docker.io/library/busybox:1.36",
-            "busybox:1.36",
-        ),
-        (
-            "docker.io/busybox",
-            "docker.io/library/busybox:latest",
-            "busybox:latest",
-        ),
-        (
-            "index.docker.io/library/busybox",
-            "docker.io/library/busybox:latest",
-            "busybox:latest",
-        ),
+        ("busybox", "docker.io/library/busybox:latest", "busybox:latest"),
+        ("busybox:1.36", "docker.io/library/busybox:1.36", "busybox:1.36"),
+        ("docker.io/busybox", "docker.io/library/busybox:latest", "busybox:latest"),
+        ("index.docker.io/library/busybox", "docker.io/library/busybox:latest", "busybox:latest"),
         ("user/app", "docker.io/user/app:latest", "user/app:latest"),
-        (
-            "localhost/app",
-            "localhost/app:latest",
-            "localhost/app:latest",
-        ),
+        ("localhost/app", "localhost/app:latest", "localhost/app:latest"),
         (
             "localhost:5000/a/b__c.d---e:T_1.x-y",
             "localhost:5000/a/b__c.d---e:T_1.x-y",
             "localhost:5000/a/b__c.d---e:T_1.x-y",
         ),
-        (
-            "[::1]:5000/app",
-            "[::1]:5000/app:latest",
-            "[::1]:5000/app:latest",
-        ),
+        ("[::1]:5000/app", "[::1]:5000/app:latest", "[::1]:5000/app:latest"),
         ("Registry/app", "Registry/app:latest", "Registry/app:latest"),
     ] {
         let reference: Reference = text.parse().unwrap();
@@ -55,10 +31,7 @@ fn names_are_completed_as_docker_does() {
     assert_eq!(reference.tag_or_digest(), DIGEST);
     let reference: Reference = format!("quay.example/app:1@{DIGEST}").parse().unwrap();
     assert_eq!(reference.tag(), Some("1"));
-    assert_eq!(
-        reference.to_string(),
-        format!("quay.example/app:1@{DIGEST}")
-    );
+    assert_eq!(reference.to_string(), format!("quay.example/app:1@{DIGEST}"));
 }
 
 #[test]

@@ -33,22 +33,11 @@ impl<'t> BlobWriter<'t> {
         size: Option<u64>,
     ) -> Result<Self, StoreError> {
         if size.is_some_and(|size| size > MAX_BLOB_BYTES) {
-            return Err(StoreError::TooLong {
-                what,
-                limit: MAX_BLOB_BYTES,
-            });
+            return Err(StoreError::TooLong { what, limit: MAX_BLOB_BYTES });
         }
         let (file, path) = transaction.store().temporary("blob")?;
         let file = Some(Hashing::new(file));
-        Ok(Self {
-            transaction,
-            what,
-            file,
-            path,
-            digest,
-            size,
-            limit: size.unwrap_or(MAX_BLOB_BYTES),
-        })
+        Ok(Self { transaction, what, file, path, digest, size, limit: size.unwrap_or(MAX_BLOB_BYTES) })
     }
 
     /// How many bytes were written.
@@ -64,9 +53,7 @@ impl<'t> BlobWriter<'t> {
     pub fn restart(&mut self) -> Result<(), StoreError> {
         if let Some(hashing) = self.file.take() {
             let (mut file, _, _) = hashing.finish();
-            file.set_len(0)
-                .and_then(|()| file.rewind())
-                .map_err(StoreError::io("truncate", &self.path))?;
+            file.set_len(0).and_then(|()| file.rewind()).map_err(StoreError::io("truncate", &self.path))?;
             self.file = Some(Hashing::new(file));
         }
         Ok(())
@@ -85,11 +72,7 @@ impl<'t> BlobWriter<'t> {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => {
-                    return Err(StoreError::Io {
-                        action: "read",
-                        path: self.what.clone().into(),
-                        source,
-                    });
+                    return Err(StoreError::Io { action: "read", path: self.what.clone().into(), source });
                 }
             };
             self.put(&chunk[..count])?;
@@ -109,16 +92,11 @@ impl<'t> BlobWriter<'t> {
                     expected,
                     found: self.written().saturating_add(bytes.len() as u64),
                 },
-                None => StoreError::TooLong {
-                    what: self.what.clone(),
-                    limit: self.limit,
-                },
+                None => StoreError::TooLong { what: self.what.clone(), limit: self.limit },
             });
         }
         match &mut self.file {
-            Some(file) => file
-                .write_all(bytes)
-                .map_err(StoreError::io("write", &self.path)),
+            Some(file) => file.write_all(bytes).map_err(StoreError::io("write", &self.path)),
             None => Ok(()),
         }
     }
@@ -130,32 +108,20 @@ impl<'t> BlobWriter<'t> {
     /// It is not what it should be, or the file can't be synced or renamed.
     pub fn finish(mut self) -> Result<(Digest, u64), StoreError> {
         let Some(hashing) = self.file.take() else {
-            return Err(StoreError::Corrupt {
-                what: self.what.clone(),
-                reason: "it was given up before".to_owned(),
-            });
+            return Err(StoreError::Corrupt { what: self.what.clone(), reason: "it was given up before".to_owned() });
         };
         let (file, found, size) = hashing.finish();
         if let Some(expected) = self.size
             && expected != size
         {
-            return Err(StoreError::WrongSize {
-                what: self.what.clone(),
-                expected,
-                found: size,
-            });
+            return Err(StoreError::WrongSize { what: self.what.clone(), expected, found: size });
         }
         if let Some(expected) = self.digest
             && expected != found
         {
-            return Err(StoreError::WrongDigest {
-                what: self.what.clone(),
-                expected,
-                found,
-            });
+            return Err(StoreError::WrongDigest { what: self.what.clone(), expected, found });
         }
-        file.sync_all()
-            .map_err(StoreError::io("sync", &self.path))?;
+        file.sync_all().map_err(StoreError::io("sync", &self.path))?;
         let store = self.transaction.store();
         let _lock = store.lock(Lock::Shared)?;
         self.transaction.note(found)?;

@@ -106,10 +106,7 @@ impl Store {
         let _lock = self.lock(Lock::Shared)?;
         let dangling: HashSet<Digest> = self.dangling()?.into_iter().collect();
         let index = self.load_index()?;
-        let mut usage = DiskUsage {
-            dangling: dangling.len() as u64,
-            ..DiskUsage::default()
-        };
+        let mut usage = DiskUsage { dangling: dangling.len() as u64, ..DiskUsage::default() };
         let mut roots = self.pinned()?;
         for entry in index.images() {
             usage.images += 1;
@@ -129,16 +126,9 @@ impl Store {
     }
 
     /// Removes those of `candidates` (or of all blobs) that nothing keeps. The caller holds the exclusive lock.
-    pub(crate) fn collect(
-        &self,
-        candidates: Option<&HashSet<Digest>>,
-    ) -> Result<Freed, StoreError> {
+    pub(crate) fn collect(&self, candidates: Option<&HashSet<Digest>>) -> Result<Freed, StoreError> {
         let mut roots = self.pinned()?;
-        roots.extend(
-            self.load_index()?
-                .images()
-                .map(|entry| entry.descriptor.digest),
-        );
+        roots.extend(self.load_index()?.images().map(|entry| entry.descriptor.digest));
         let mut kept = self.reach(roots)?;
         kept.extend(self.leases()?.1);
         let mut freed = Freed::default();
@@ -157,8 +147,7 @@ impl Store {
         match candidates {
             Some(candidates) => {
                 for digest in candidates.difference(&kept) {
-                    let bytes =
-                        fs::metadata(self.blob_path(digest)).map_or(0, |metadata| metadata.len());
+                    let bytes = fs::metadata(self.blob_path(digest)).map_or(0, |metadata| metadata.len());
                     remove(digest, bytes)?;
                 }
             }
@@ -186,10 +175,7 @@ impl Store {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     Err(source) => return Err(StoreError::io("open", &path)(source)),
                 };
-                let len_bytes = file
-                    .metadata()
-                    .map_err(StoreError::io("look up", &path))?
-                    .len();
+                let len_bytes = file.metadata().map_err(StoreError::io("look up", &path))?.len();
                 if len_bytes > MAX_MANIFEST_BYTES {
                     continue;
                 }
@@ -201,12 +187,7 @@ impl Store {
                 for link in links.config.iter().chain(&links.layers) {
                     reached.extend(link.digest.parse::<Digest>());
                 }
-                next.extend(
-                    links
-                        .manifests
-                        .iter()
-                        .filter_map(|link| link.digest.parse::<Digest>().ok()),
-                );
+                next.extend(links.manifests.iter().filter_map(|link| link.digest.parse::<Digest>().ok()));
             }
             next.retain(|digest| reached.insert(*digest));
             level = next;
@@ -252,10 +233,7 @@ impl Store {
             let entry = entry.map_err(StoreError::io("list", &directory))?;
             let path = entry.path();
             match File::open(&path) {
-                Ok(file) => pins.push((
-                    entry.file_name().to_string_lossy().into_owned(),
-                    read_digests(file),
-                )),
+                Ok(file) => pins.push((entry.file_name().to_string_lossy().into_owned(), read_digests(file))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => (),
                 Err(source) => return Err(StoreError::io("open", &path)(source)),
             }
@@ -264,11 +242,7 @@ impl Store {
     }
 
     fn pinned(&self) -> Result<HashSet<Digest>, StoreError> {
-        Ok(self
-            .pins()?
-            .into_iter()
-            .flat_map(|(_, digests)| digests)
-            .collect())
+        Ok(self.pins()?.into_iter().flat_map(|(_, digests)| digests).collect())
     }
 
     fn blobs(&self) -> Result<Vec<(Digest, u64)>, StoreError> {
@@ -277,10 +251,7 @@ impl Store {
         for entry in fs::read_dir(&directory).map_err(StoreError::io("list", &directory))? {
             let entry = entry.map_err(StoreError::io("list", &directory))?;
             if let Ok(digest) = Digest::from_hex(&entry.file_name().to_string_lossy()) {
-                blobs.push((
-                    digest,
-                    entry.metadata().map_or(0, |metadata| metadata.len()),
-                ));
+                blobs.push((digest, entry.metadata().map_or(0, |metadata| metadata.len())));
             }
         }
         Ok(blobs)
@@ -298,15 +269,9 @@ impl Store {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(source) => return Err(StoreError::io("open", &path)(source)),
             };
-            let is_lease = path
-                .file_name()
-                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"lease-"));
+            let is_lease = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"lease-"));
             let dead = file.try_lock().is_ok();
-            let digests = if is_lease {
-                read_digests(file)
-            } else {
-                HashSet::new()
-            };
+            let digests = if is_lease { read_digests(file) } else { HashSet::new() };
             if dead {
                 stale.digests.extend(digests);
                 stale.paths.push(path);
@@ -355,12 +320,6 @@ fn read_digests(mut file: File) -> HashSet<Digest> {
 fn pin_name(name: &str) -> Result<&str, StoreError> {
     let good = (1..=128).contains(&name.len())
         && !name.starts_with(['.', '-'])
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'));
-    if good {
-        Ok(name)
-    } else {
-        Err(StoreError::PinName(name.chars().take(200).collect()))
-    }
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'));
+    if good { Ok(name) } else { Err(StoreError::PinName(name.chars().take(200).collect())) }
 }

@@ -76,9 +76,7 @@ pub enum StoreError {
         source: serde_json::Error,
     },
     /// The content is not what its digest says.
-    #[error(
-        "{what} has the digest {found}, and should have {expected}: it was damaged or tampered with on its way"
-    )]
+    #[error("{what} has the digest {found}, and should have {expected}: it was damaged or tampered with on its way")]
     WrongDigest {
         /// The blob.
         what: String,
@@ -88,9 +86,7 @@ pub enum StoreError {
         found: Digest,
     },
     /// The content is not as long as its descriptor says.
-    #[error(
-        "{what} has {found} bytes, and should have {expected}: it was truncated or tampered with on its way"
-    )]
+    #[error("{what} has {found} bytes, and should have {expected}: it was truncated or tampered with on its way")]
     WrongSize {
         /// The blob.
         what: String,
@@ -134,9 +130,7 @@ pub enum StoreError {
         by: String,
     },
     /// An id that names more than one reference.
-    #[error(
-        "the image {name} has several references: {references}; remove them one by one, or force it"
-    )]
+    #[error("the image {name} has several references: {references}; remove them one by one, or force it")]
     SeveralReferences {
         /// The id.
         name: String,
@@ -150,17 +144,10 @@ pub enum StoreError {
 
 impl StoreError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            action,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| Self::Io { action, path: path.to_owned(), source }
     }
 
     pub(crate) fn json(what: &str) -> impl FnOnce(serde_json::Error) -> Self {
-        move |source| Self::Json {
-            what: what.to_owned(),
-            source,
-        }
+        move |source| Self::Json { what: what.to_owned(), source }
     }
 }

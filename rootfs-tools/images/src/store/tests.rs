@@ -22,12 +22,7 @@ fn tar_of(content: &[u8]) -> Vec<u8> {
 fn make(store: &Store, contents: &[&str], name: Option<&str>) -> Image {
     let mut builder = store.create_image().unwrap();
     for content in contents {
-        builder
-            .add_layer_tar(
-                &mut tar_of(content.as_bytes()).as_slice(),
-                Compression::Gzip,
-            )
-            .unwrap();
+        builder.add_layer_tar(&mut tar_of(content.as_bytes()).as_slice(), Compression::Gzip).unwrap();
     }
     let references: Vec<Reference> = name.iter().map(|name| name.parse().unwrap()).collect();
     builder.finish(&config(), &references).unwrap()
@@ -65,24 +60,13 @@ fn an_image_is_made_found_tagged_and_removed() {
     }
     let by_digest = format!("busybox@{}", image.digest);
     assert_eq!(store.resolve(&by_digest).unwrap().id(), image.id());
-    assert!(matches!(
-        store.resolve("nginx"),
-        Err(StoreError::NotFound { .. })
-    ));
-    assert!(matches!(
-        store.resolve("UPPER"),
-        Err(StoreError::Reference(_))
-    ));
-    store
-        .tag("busybox", &"mine/app:1".parse().unwrap())
-        .unwrap();
+    assert!(matches!(store.resolve("nginx"), Err(StoreError::NotFound { .. })));
+    assert!(matches!(store.resolve("UPPER"), Err(StoreError::Reference(_))));
+    store.tag("busybox", &"mine/app:1".parse().unwrap()).unwrap();
     assert_eq!(store.resolve("mine/app:1").unwrap().references.len(), 2);
     assert_eq!(store.list().unwrap().len(), 1);
     // An id with two references is not enough.
-    assert!(matches!(
-        store.remove(&image.id().hex(), false),
-        Err(StoreError::SeveralReferences { .. })
-    ));
+    assert!(matches!(store.remove(&image.id().hex(), false), Err(StoreError::SeveralReferences { .. })));
     let removed = store.remove("busybox", false).unwrap();
     assert_eq!(removed.deleted, None);
     assert_eq!(count(&store, "blobs/sha256"), 4);
@@ -101,9 +85,7 @@ fn blobs_that_images_share_stay() {
     make(&store, &["base", "more"], Some("b"));
     assert_eq!(count(&store, "blobs/sha256"), 6);
     store.remove("a", false).unwrap();
-    store
-        .verify_layer(&store.resolve("b").unwrap().layers[0])
-        .unwrap();
+    store.verify_layer(&store.resolve("b").unwrap().layers[0]).unwrap();
     assert_eq!(count(&store, "blobs/sha256"), 4);
     check_whole(&store);
 }
@@ -115,13 +97,7 @@ fn a_reference_moves_and_a_dangling_image_is_pruned() {
     let old = make(&store, &["old"], Some("app"));
     make(&store, &["new"], Some("app"));
     assert_eq!(store.list().unwrap().len(), 2);
-    assert!(
-        store
-            .resolve(&old.id().hex())
-            .unwrap()
-            .references
-            .is_empty()
-    );
+    assert!(store.resolve(&old.id().hex()).unwrap().references.is_empty());
     assert_eq!(store.disk_usage().unwrap().dangling, 1);
     assert_eq!(store.prune().unwrap().blobs, 3);
     assert_eq!(store.list().unwrap().len(), 1);
@@ -143,14 +119,8 @@ fn what_is_pinned_stays() {
     store.verify_layer(&image.layers[0]).unwrap();
     assert_eq!(store.unpin("container-1").unwrap().blobs, 3);
     assert_eq!(count(&store, "blobs/sha256"), 0);
-    assert!(matches!(
-        store.pin("../x", &[]),
-        Err(StoreError::PinName(_))
-    ));
-    assert!(matches!(
-        store.pin("x", &[image.digest]),
-        Err(StoreError::MissingBlob { .. })
-    ));
+    assert!(matches!(store.pin("../x", &[]), Err(StoreError::PinName(_))));
+    assert!(matches!(store.pin("x", &[image.digest]), Err(StoreError::MissingBlob { .. })));
     assert_eq!(store.unpin("x").unwrap(), Freed::default());
 }
 
@@ -159,9 +129,7 @@ fn an_unfinished_transaction_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(directory.path()).unwrap();
     let mut builder = store.create_image().unwrap();
-    builder
-        .add_layer_tar(&mut tar_of(b"x").as_slice(), Compression::Zstd)
-        .unwrap();
+    builder.add_layer_tar(&mut tar_of(b"x").as_slice(), Compression::Zstd).unwrap();
     assert_eq!(count(&store, "blobs/sha256"), 1);
     // Collection beside it, and another opening, leave it alone.
     assert_eq!(store.prune().unwrap().blobs, 0);
@@ -181,31 +149,14 @@ fn a_blob_is_checked_before_it_has_its_name() {
     let digest = Digest::of(b"right");
     let mut writer = transaction.writer("b", Some(digest), Some(5)).unwrap();
     writer.put(b"wrong").unwrap();
-    assert!(matches!(
-        writer.finish(),
-        Err(StoreError::WrongDigest { .. })
-    ));
+    assert!(matches!(writer.finish(), Err(StoreError::WrongDigest { .. })));
     let mut writer = transaction.writer("b", Some(digest), Some(5)).unwrap();
     writer.put(b"righ").unwrap();
-    assert!(matches!(
-        writer.finish(),
-        Err(StoreError::WrongSize {
-            expected: 5,
-            found: 4,
-            ..
-        })
-    ));
+    assert!(matches!(writer.finish(), Err(StoreError::WrongSize { expected: 5, found: 4, .. })));
     let mut writer = transaction.writer("b", Some(digest), Some(5)).unwrap();
-    assert!(matches!(
-        writer.put(b"right!"),
-        Err(StoreError::WrongSize { .. })
-    ));
+    assert!(matches!(writer.put(b"right!"), Err(StoreError::WrongSize { .. })));
     drop(writer);
-    assert!(
-        transaction
-            .writer("b", Some(digest), Some(u64::MAX))
-            .is_err()
-    );
+    assert!(transaction.writer("b", Some(digest), Some(u64::MAX)).is_err());
     assert_eq!(count(&store, "blobs/sha256"), 0);
     let mut writer = transaction.writer("b", Some(digest), Some(5)).unwrap();
     writer.put(b"wro").unwrap();
@@ -213,10 +164,7 @@ fn a_blob_is_checked_before_it_has_its_name() {
     writer.put(b"right").unwrap();
     assert_eq!(writer.finish().unwrap(), (digest, 5));
     assert_eq!(store.read_blob(&digest, 5).unwrap(), b"right");
-    assert!(matches!(
-        store.read_blob(&digest, 4),
-        Err(StoreError::TooLong { .. })
-    ));
+    assert!(matches!(store.read_blob(&digest, 4), Err(StoreError::TooLong { .. })));
 }
 
 #[test]
@@ -232,10 +180,7 @@ fn damage_is_noticed() {
     store.remove("app", false).unwrap();
     assert!(store.list().unwrap().is_empty());
     fs::write(directory.path().join("oci-layout"), b"{}").unwrap();
-    assert!(matches!(
-        Store::open(directory.path()),
-        Err(StoreError::Corrupt { .. })
-    ));
+    assert!(matches!(Store::open(directory.path()), Err(StoreError::Corrupt { .. })));
 }
 
 #[test]
@@ -247,11 +192,7 @@ fn many_write_at_once() {
             scope.spawn(move || {
                 let store = Store::open(path).unwrap();
                 for round in 0..3 {
-                    make(
-                        &store,
-                        &["shared", &format!("{number} {round}")],
-                        Some(&format!("app{number}:{round}")),
-                    );
+                    make(&store, &["shared", &format!("{number} {round}")], Some(&format!("app{number}:{round}")));
                     if round == 1 {
                         store.remove(&format!("app{number}:0"), false).unwrap();
                         store.prune().unwrap();
@@ -277,9 +218,7 @@ fn child_that_is_killed() {
     let store = Store::open(directory).unwrap();
     for round in 0.. {
         let transaction = store.begin().unwrap();
-        transaction
-            .add_bytes("orphan", format!("orphan {round}").as_bytes())
-            .unwrap();
+        transaction.add_bytes("orphan", format!("orphan {round}").as_bytes()).unwrap();
         let mut half = transaction.writer("half", None, None).unwrap();
         half.put(b"half of it").unwrap();
         println!("ready");
@@ -297,11 +236,7 @@ fn a_killed_process_leaves_a_good_store() {
     make(&store, &["mine"], Some("mine"));
     for round in 0..6 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "store::tests::child_that_is_killed",
-                "--nocapture",
-            ])
+            .args(["--exact", "store::tests::child_that_is_killed", "--nocapture"])
             .env(CHILD, directory.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -310,14 +245,7 @@ fn a_killed_process_leaves_a_good_store() {
         let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
         // Somewhere in its work, at another place each time.
         let mut ready = 0;
-        while ready <= round
-            && lines
-                .next()
-                .expect("the child ended")
-                .unwrap()
-                .contains("ready")
-            || ready == 0
-        {
+        while ready <= round && lines.next().expect("the child ended").unwrap().contains("ready") || ready == 0 {
             ready += 1;
         }
         std::thread::sleep(std::time::Duration::from_millis(3 * round));

@@ -25,12 +25,7 @@ pub struct Transaction {
 impl Transaction {
     pub(super) fn begin(store: Store) -> Result<Self, StoreError> {
         let (file, path) = store.temporary("lease")?;
-        Ok(Self {
-            store,
-            lease: Mutex::new((file, HashSet::new())),
-            path,
-            ended: false,
-        })
+        Ok(Self { store, lease: Mutex::new((file, HashSet::new())), path, ended: false })
     }
 
     /// The store that it adds to.
@@ -88,9 +83,7 @@ impl Transaction {
     /// The index can't be written; then nothing stays.
     pub fn commit(mut self, images: Vec<(Top, Option<Reference>)>) -> Result<(), StoreError> {
         let blobs = self.store.directory.join("blobs/sha256");
-        File::open(&blobs)
-            .and_then(|directory| directory.sync_all())
-            .map_err(StoreError::io("sync", &blobs))?;
+        File::open(&blobs).and_then(|directory| directory.sync_all()).map_err(StoreError::io("sync", &blobs))?;
         let _lock = self.store.lock(Lock::Exclusive)?;
         let mut index = self.store.load_index()?;
         for (descriptor, reference) in images {
@@ -106,8 +99,7 @@ impl Transaction {
         let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         let (file, noted) = &mut *lease;
         if noted.insert(digest) {
-            file.write_all(format!("{digest}\n").as_bytes())
-                .map_err(StoreError::io("write", &self.path))?;
+            file.write_all(format!("{digest}\n").as_bytes()).map_err(StoreError::io("write", &self.path))?;
         }
         Ok(())
     }
@@ -115,8 +107,7 @@ impl Transaction {
     /// Collects what was noted and is not referred to. The caller holds the exclusive lock.
     fn end_locked(&mut self) {
         self.ended = true;
-        let noted =
-            std::mem::take(&mut self.lease.lock().unwrap_or_else(PoisonError::into_inner).1);
+        let noted = std::mem::take(&mut self.lease.lock().unwrap_or_else(PoisonError::into_inner).1);
         let _ = fs::remove_file(&self.path);
         // What can't be collected now, `prune` collects later.
         let _ = self.store.collect(Some(&noted));

@@ -36,10 +36,7 @@ pub fn umoci_layout(directory: &Path) -> String {
     std::fs::create_dir_all(format!("{root}/bin")).unwrap();
     std::fs::copy("/bin/busybox", format!("{root}/bin/busybox")).unwrap();
     std::os::unix::fs::symlink("busybox", format!("{root}/bin/sh")).unwrap();
-    run(
-        "umoci",
-        &["repack", "--refresh-bundle", "--image", &image, &bundle],
-    );
+    run("umoci", &["repack", "--refresh-bundle", "--image", &image, &bundle]);
     std::fs::create_dir_all(format!("{root}/etc")).unwrap();
     std::fs::write(format!("{root}/etc/greeting"), "hello\n").unwrap();
     run("umoci", &["repack", "--image", &image, &bundle]);
