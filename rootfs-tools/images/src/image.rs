@@ -193,7 +193,7 @@ impl Image {
 }
 
 pub(crate) enum Parsed {
-    Index(ImageIndex),
+    Index(Box<ImageIndex>),
     Manifest(Box<ImageManifest>),
 }
 
@@ -238,7 +238,7 @@ pub(crate) fn parse(at: &Top, bytes: &[u8]) -> Result<Parsed, StoreError> {
                 reason: format!("it lists more than {MAX_MANIFESTS_PER_INDEX} manifests"),
             });
         }
-        Ok(Parsed::Index(index))
+        Ok(Parsed::Index(Box::new(index)))
     } else {
         serde_json::from_slice(bytes).map(Box::new).map(Parsed::Manifest).map_err(StoreError::json(&what))
     }

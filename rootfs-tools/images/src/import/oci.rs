@@ -60,8 +60,9 @@ impl Import {
             };
             let image = self.oci_image(&top.map_err(&content)?, directory)?;
             let references: Vec<Reference> = match name {
-                Some(name) => self.reference(&name, options)?.into_iter().collect(),
-                None => Vec::new(),
+                // The caller's own name comes instead.
+                Some(name) if options.reference.is_none() => self.reference(&name, options)?.into_iter().collect(),
+                _ => Vec::new(),
             };
             match all.iter_mut().find(|found| found.image.top.digest == image.top.digest) {
                 Some(found) => found.references.extend(references),
