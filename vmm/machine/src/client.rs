@@ -13,10 +13,12 @@
 
 use crate::config::{ConfigError, MachineConfig};
 use crate::control::{Event, LineReader, Message, Reply, Request, write_line};
+use crate::snapshot::{MEMORY_NAME, STATE_NAME};
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +26,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How many events wait to be fetched: a monitor sends two in its life.
 const MAX_EVENTS: usize = 16;
@@ -44,6 +47,15 @@ pub enum ClientError {
     Spawn {
         /// The program.
         exe: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no place for a snapshot.
+    #[error("cannot create a snapshot in {}", directory.display())]
+    Target {
+        /// Where it was to be.
+        directory: PathBuf,
         /// The cause.
         #[source]
         source: io::Error,
@@ -179,7 +191,29 @@ impl Monitor {
     /// # Errors
     /// As [`Monitor::pause`]; a machine that runs, or a directory that cannot be written.
     pub fn snapshot(&self, directory: &Path, deadline: Instant) -> Result<(), ClientError> {
-        self.request("snapshot", &Request::Snapshot { directory: directory.to_owned() }, deadline)
+        let target = |source| ClientError::Target { directory: directory.to_owned(), source };
+        let mut builder = std::fs::DirBuilder::new();
+        match builder.mode(0o700).create(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(target(error)),
+            _ => {}
+        }
+        let paths = [directory.join(STATE_NAME), directory.join(MEMORY_NAME)];
+        let mut files = Vec::new();
+        for path in &paths {
+            let mut options = OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+            files.push(options.open(path).map_err(target)?);
+        }
+        let request = Request::Snapshot { directory: directory.to_owned() };
+        let fds: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let result = self.request_with_files("snapshot", &request, &fds, deadline);
+        if result.is_err() {
+            for path in &paths {
+                // What is left is refused as truncated when it is used.
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        result
     }
 
     /// Ends the monitor: asks, waits two seconds at most, kills, and reaps. Safe to call again.
@@ -219,8 +253,23 @@ impl Monitor {
     }
 
     fn request(&self, name: &'static str, request: &Request, deadline: Instant) -> Result<(), ClientError> {
+        self.request_with_files(name, request, &[], deadline)
+    }
+
+    fn request_with_files(
+        &self,
+        name: &'static str,
+        request: &Request,
+        files: &[RawFd],
+        deadline: Instant,
+    ) -> Result<(), ClientError> {
         let sender = lock(&self.sender);
-        write_line(&*sender, request).map_err(ClientError::Send)?;
+        let mut line = Vec::new();
+        write_line(&mut line, request).map_err(ClientError::Send)?;
+        // One byte is sent at least, and the files with it.
+        let sent = sender.send_with_fds(&[&line[..]], files);
+        let sent = sent.map_err(|e| ClientError::Send(io::Error::from_raw_os_error(e.errno())))?;
+        (&*sender).write_all(&line[sent..]).map_err(ClientError::Send)?;
         match self.wait_for(name, Some(deadline), |state| state.replies.pop_front()) {
             Ok(Reply::Done) => Ok(()),
             Ok(Reply::Error { message }) => Err(ClientError::Refused { request: name, message }),

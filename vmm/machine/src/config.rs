@@ -137,8 +137,8 @@ pub struct Shape {
     pub vcpus: u8,
     /// Kind of KVM: the two offer a guest different CPUs.
     pub kvm_kind: KvmKind,
-    /// Number of disks.
-    pub disks: usize,
+    /// For each disk, whether it is read-only.
+    pub disks: Vec<bool>,
     /// Whether there is a vsock device.
     pub vsock: bool,
     /// Number of network interfaces.
@@ -231,7 +231,7 @@ impl MachineConfig {
             memory_mib: self.memory_mib,
             vcpus: self.vcpus,
             kvm_kind: self.kvm_kind,
-            disks: self.disks.len(),
+            disks: self.disks.iter().map(|d| d.read_only).collect(),
             vsock: self.vsock.is_some(),
             net: self.net.len(),
             shares: self.shares.iter().map(|s| s.tag.clone()).collect(),

@@ -20,9 +20,10 @@ pub enum Request {
     Pause,
     /// Let them go on. Resuming a running machine is no error.
     Resume,
-    /// Write a snapshot of a paused machine.
+    /// Write a snapshot of a paused machine into the two files whose descriptors come with the request (`SCM_RIGHTS`):
+    /// `state`, `memory`. The monitor opens no files once it runs.
     Snapshot {
-        /// A directory that does not exist yet, or is empty.
+        /// Where they are, for messages.
         directory: PathBuf,
     },
     /// End the monitor.
@@ -145,6 +146,11 @@ impl<R: Read> LineReader<R> {
     /// The stream below.
     pub fn get_ref(&self) -> &R {
         &self.stream
+    }
+
+    /// The stream below.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.stream
     }
 
     /// The next line without its newline, or `None` at the end of the stream. What was read stays if the stream

@@ -1,12 +1,17 @@
 //! The event loop: one thread that runs all devices and answers the supervisor, until the machine ends.
 
+use crate::config::MachineConfig;
 use crate::control::{EndReason, Event, LineReader, Reply, Request, cut, write_line};
 use crate::monitor::{End, Machine, lock};
+use crate::snapshot::{self, Target};
 use serde::Serialize;
-use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Tokens of the loop's own events; devices come from `FIRST_DEVICE` on, with their index shifted and the queue below.
 const CONTROL: u64 = 0;
@@ -27,21 +32,60 @@ pub enum Outcome {
     Orphaned,
 }
 
+/// How many descriptors may come with requests that were not answered yet: a snapshot's two files.
+const MAX_FILES: usize = 2;
+
+/// The receiving side of the control channel: bytes, and the files that come with them.
+#[derive(Debug)]
+struct Receiver {
+    stream: UnixStream,
+    files: VecDeque<File>,
+}
+
+impl Read for Receiver {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut fds = [-1; MAX_FILES];
+        let mut parts = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
+        // SAFETY: the one part is the buffer, which is borrowed until the call returns; any bytes may be in it.
+        let received = unsafe { self.stream.recv_with_fds(&mut parts, &mut fds) };
+        let (len, count) = received.map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        for &fd in &fds[..count.min(MAX_FILES)] {
+            // SAFETY: the kernel just made this descriptor for us.
+            self.files.push_back(unsafe { File::from_raw_fd(fd) });
+        }
+        while self.files.len() > MAX_FILES {
+            self.files.pop_front();
+        }
+        Ok(len)
+    }
+}
+
 /// The control channel.
 #[derive(Debug)]
 pub struct Control {
-    lines: LineReader<UnixStream>,
+    lines: LineReader<Receiver>,
 }
 
 impl Control {
     /// Speaks over `stream`.
     pub fn new(stream: UnixStream) -> Self {
-        Self { lines: LineReader::new(stream) }
+        Self { lines: LineReader::new(Receiver { stream, files: VecDeque::new() }) }
+    }
+
+    fn stream(&self) -> &UnixStream {
+        &self.lines.get_ref().stream
+    }
+
+    /// The two files that came with a request.
+    fn target(&mut self) -> Option<Target> {
+        let files = &mut self.lines.get_mut().files;
+        let (state, memory) = (files.pop_front()?, files.pop_front()?);
+        Some(Target { state, memory })
     }
 
     /// Sends a message. False if the supervisor is gone or does not listen.
     pub fn send<T: Serialize>(&self, message: &T) -> bool {
-        write_line(self.lines.get_ref(), message).is_ok()
+        write_line(self.stream(), message).is_ok()
     }
 
     /// The next request, if a whole line of one is there. `Err` if the supervisor is gone or makes no sense.
@@ -59,11 +103,11 @@ impl Control {
 ///
 /// # Errors
 /// The host's event queue fails.
-pub fn run(machine: &mut Machine, control: &mut Control) -> io::Result<Outcome> {
-    control.lines.get_ref().set_nonblocking(true)?;
+pub fn run(machine: &mut Machine, config: &MachineConfig, control: &mut Control) -> io::Result<Outcome> {
+    control.stream().set_nonblocking(true)?;
     let epoll = Epoll::new()?;
     let watch = |fd: RawFd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
-    watch(control.lines.get_ref().as_raw_fd(), CONTROL)?;
+    watch(control.stream().as_raw_fd(), CONTROL)?;
     watch(machine.reset.as_raw_fd(), RESET)?;
     watch(machine.ended.as_raw_fd(), ENDED)?;
     for (slot, base) in machine.slots.iter().zip((FIRST_DEVICE..).step_by(1 << 8)) {
@@ -74,6 +118,10 @@ pub fn run(machine: &mut Machine, control: &mut Control) -> io::Result<Outcome> 
         if let Some(fd) = transport.poll_fd() {
             watch(fd, base | OWN)?;
         }
+    }
+    for slot in &machine.slots {
+        // Those of a restored machine are paused.
+        slot.lock().resume().map_err(io::Error::other)?;
     }
     machine.gate.release();
     let mut paused = false;
@@ -89,7 +137,7 @@ pub fn run(machine: &mut Machine, control: &mut Control) -> io::Result<Outcome> 
                 CONTROL => loop {
                     match control.next() {
                         Ok(Some(request)) => {
-                            if let Some(outcome) = answer(machine, control, &request, &mut paused) {
+                            if let Some(outcome) = answer(machine, config, control, &request, &mut paused) {
                                 return Ok(outcome);
                             }
                         }
@@ -121,7 +169,13 @@ fn device_event(machine: &Machine, token: u64) {
 }
 
 /// Does what the supervisor asks for.
-fn answer(machine: &mut Machine, control: &Control, request: &Request, paused: &mut bool) -> Option<Outcome> {
+fn answer(
+    machine: &mut Machine,
+    config: &MachineConfig,
+    control: &mut Control,
+    request: &Request,
+    paused: &mut bool,
+) -> Option<Outcome> {
     let result = match request {
         Request::Pause => {
             if !*paused {
@@ -133,7 +187,10 @@ fn answer(machine: &mut Machine, control: &Control, request: &Request, paused: &
         Request::Resume if *paused => resume(machine).map(|()| *paused = false),
         Request::Resume => Ok(()),
         Request::Snapshot { .. } if !*paused => Err("the machine runs: pause it first".to_owned()),
-        Request::Snapshot { .. } => Err("not built yet".to_owned()),
+        Request::Snapshot { .. } => match control.target() {
+            Some(target) => snapshot::save(machine, config, target).map_err(|error| chain(&error)),
+            None => Err("the request came without its two files".to_owned()),
+        },
         Request::Quit => {
             control.send(&Reply::Done);
             return Some(Outcome::Ended(EndReason::Shutdown, String::new()));

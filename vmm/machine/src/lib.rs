@@ -12,6 +12,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod devices;
+#[allow(unsafe_code)] // Descriptors that come over the control channel.
 pub mod event_loop;
 #[allow(unsafe_code)] // Signals to threads, and a handler for them.
 pub mod gate;
@@ -21,5 +22,6 @@ pub mod memory;
 pub mod monitor;
 #[allow(unsafe_code)] // A guest of its own.
 pub mod probe;
+pub mod snapshot;
 pub mod virtio;
 pub mod wiring;

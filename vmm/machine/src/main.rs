@@ -37,12 +37,12 @@ fn main() -> ExitCode {
 
 /// From the configuration to the machine's end.
 fn run(config: File, control: &mut Control, started: Instant) -> (EndReason, String, Statistics) {
-    let mut machine = match build(config) {
+    let (mut machine, config) = match build(config) {
         Ok(machine) => machine,
         Err(message) => return (EndReason::Error, message, Statistics::default()),
     };
     control.send(&Event::Running { setup_ns: ns(started) });
-    let outcome = event_loop::run(&mut machine, control);
+    let outcome = event_loop::run(&mut machine, &config, control);
     let mut statistics = machine.finish();
     statistics.wall_ns = ns(started);
     match outcome {
@@ -52,14 +52,18 @@ fn run(config: File, control: &mut Control, started: Instant) -> (EndReason, Str
     }
 }
 
-fn build(config: File) -> Result<Machine, String> {
+fn build(config: File) -> Result<(Machine, MachineConfig), String> {
     let mut json = Vec::new();
     let limit = MAX_CONFIG_BYTES as u64 + 1;
     config.take(limit).read_to_end(&mut json).map_err(|e| format!("cannot read the configuration: {e}"))?;
     let config = MachineConfig::from_json(&json).map_err(|e| chain(&e))?;
-    let mut machine = Machine::boot(&config).map_err(|e| chain(&e))?;
+    let built = match &config.restore {
+        Some(directory) => Machine::restore(&config, directory),
+        None => Machine::boot(&config),
+    };
+    let mut machine = built.map_err(|e| chain(&e))?;
     machine.spawn_threads().map_err(|e| chain(&e))?;
-    Ok(machine)
+    Ok((machine, config))
 }
 
 fn own(number: &str) -> Option<RawFd> {

@@ -12,9 +12,10 @@ use crate::gate::Gate;
 use crate::kvm::vcpu::{Stop, Vcpu, VcpuError};
 use crate::kvm::{self, KvmError, Vm, cpuid, failed};
 use crate::memory::{self, GuestMemory, MemoryError};
+use crate::snapshot::{self, HostCpu, Snapshot, SnapshotError};
 use crate::wiring::{Slot, WiringError};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -37,6 +38,9 @@ pub enum BuildError {
     /// Two devices want one place: a mistake in the machine's layout.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// The snapshot cannot be used.
+    #[error("cannot restore a snapshot")]
+    Snapshot(#[from] SnapshotError),
     /// The serial log cannot be opened.
     #[error("cannot open the serial log {}", path.display())]
     SerialLog {
@@ -111,6 +115,27 @@ impl Machine {
         for vcpu in &machine.vcpus {
             lock(vcpu).prepare_boot(entry.rip)?;
         }
+        Ok(machine)
+    }
+
+    /// Builds the machine from a snapshot. Its devices are paused, and go on when the event loop starts.
+    ///
+    /// # Errors
+    /// The snapshot cannot be used, or anything that the machine needs cannot be had.
+    pub fn restore(config: &MachineConfig, directory: &Path) -> Result<Self, BuildError> {
+        let kvm = kvm::open()?;
+        let cpu = HostCpu::of(&cpuid::supported(&kvm, config.kvm_kind)?);
+        let Snapshot { state, memory } = snapshot::open(directory, config, &cpu)?;
+        let memory = memory::map(config.memory_mib, Some(&memory))?;
+        let slots = crate::wiring::devices(config, &memory)?;
+        let serial = SerialPort::restore(&state.serial, event("the serial interrupt")?, open_log(config)?)
+            .map_err(resource("the serial port of the snapshot"))?;
+        let machine = Self::assemble(config, memory, slots, serial)?;
+        for (vcpu, state) in machine.vcpus.iter().zip(&state.vcpus) {
+            lock(vcpu).restore(state)?;
+        }
+        machine.vm.restore(&state.vm)?;
+        crate::wiring::restore(&machine.slots, &state.devices)?;
         Ok(machine)
     }
 

@@ -6,11 +6,16 @@ use crate::config::MachineConfig;
 use crate::kvm::{KvmError, Vm, failed};
 use crate::memory::GuestMemory;
 use crate::monitor::lock;
+use crate::virtio::block::Block;
 use crate::virtio::rng::Rng;
-use crate::virtio::{MMIO_SIZE_BYTES, MmioTransport, QUEUE_NOTIFY_OFFSET, TransportError, VirtioDevice};
+use crate::virtio::{
+    MMIO_SIZE_BYTES, MmioTransport, QUEUE_NOTIFY_OFFSET, TransportError, TransportState, VirtioDevice,
+};
 use kvm_ioctls::IoEventAddress;
 use std::fmt::Write;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -48,6 +53,14 @@ pub enum WiringError {
     /// Its place is taken.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A snapshot has not the state of each device.
+    #[error("the snapshot has the state of {saved} devices, the machine has {here}")]
+    States {
+        /// How many it has.
+        saved: usize,
+        /// How many there are.
+        here: usize,
+    },
     /// There are more devices than lines, which a valid configuration has not.
     #[error("there is no interrupt line for the device {name}")]
     TooMany {
@@ -95,7 +108,6 @@ impl Slot {
 /// # Errors
 /// A device cannot be made; the message names it.
 pub fn devices(config: &MachineConfig, memory: &GuestMemory) -> Result<Vec<Slot>, WiringError> {
-    let _ = config;
     let mut slots = Vec::new();
     let mut add = |name: String, device: Box<dyn VirtioDevice>| {
         let index = slots.len();
@@ -110,7 +122,34 @@ pub fn devices(config: &MachineConfig, memory: &GuestMemory) -> Result<Vec<Slot>
         Ok(())
     };
     add("rng".into(), Box::new(Rng::new()))?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        let name = format!("disk{index}");
+        let failed = |source| WiringError::Device { name: name.clone(), source };
+        let medium = disk.path.as_deref().map(|path| open_medium(path, disk.read_only)).transpose().map_err(failed)?;
+        let device = Block::new(medium, disk.read_only).map_err(|e| failed(Box::new(e)))?;
+        add(name, Box::new(device))?;
+    }
     Ok(slots)
+}
+
+fn open_medium(path: &Path, read_only: bool) -> Result<File, Box<dyn std::error::Error + Send + Sync>> {
+    let file = OpenOptions::new().read(true).write(!read_only).open(path);
+    file.map_err(|e| format!("cannot open {}: {e}", path.display()).into())
+}
+
+/// Gives the devices the state of a snapshot, in their order.
+///
+/// # Errors
+/// A state is not of its device, or not valid.
+pub fn restore(slots: &[Slot], states: &[TransportState]) -> Result<(), WiringError> {
+    if slots.len() != states.len() {
+        return Err(WiringError::States { saved: states.len(), here: slots.len() });
+    }
+    for (slot, state) in slots.iter().zip(states) {
+        let restored = slot.lock().restore(state);
+        restored.map_err(|source| WiringError::Transport { name: slot.name.clone(), source })?;
+    }
+    Ok(())
 }
 
 /// The command line with the devices appended (Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).

@@ -2,6 +2,7 @@
 
 pub mod cpuid;
 pub mod msr;
+pub mod state;
 pub mod vcpu;
 
 use crate::boot::layout;
@@ -16,6 +17,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 pub const DEVICE: &str = "/dev/kvm";
 /// The one version of the API there ever was.
 const API_VERSION: i32 = 12;
+
+/// Interrupt controllers in the kernel: two 8259 and the IO-APIC.
+pub const IRQCHIPS: usize = 3;
 
 /// What KVM refused.
 #[derive(Debug, thiserror::Error)]
@@ -86,8 +90,6 @@ pub struct Vm {
     pub fd: VmFd,
     /// What executes the guest.
     pub kind: KvmKind,
-    /// Bytes of a vCPU's XSAVE area.
-    pub xsave_bytes: usize,
 }
 
 impl Vm {
@@ -118,8 +120,7 @@ impl Vm {
             cap.args[0] = 1;
             fd.enable_cap(&cap).map_err(failed("hand over instructions that it cannot emulate"))?;
         }
-        let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096);
-        Ok(Self { kvm, fd, kind, xsave_bytes })
+        Ok(Self { kvm, fd, kind })
     }
 
     /// Makes `memory` the guest's. It must stay mapped as long as the machine is.
