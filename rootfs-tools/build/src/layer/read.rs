@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The most that a compressed layer or archive may unpack to, bytes.
-pub const MAX_UNPACKED_BYTES: u64 = 256 << 30;
+pub(super) const MAX_UNPACKED_BYTES: u64 = 256 << 30;
 
 /// How much is read at once.
 const READ_BYTES: usize = 256 << 10;
