@@ -34,18 +34,13 @@ fn source() -> View {
     ])
 }
 
+#[derive(Default)]
 struct Options {
     link: bool,
     parents: bool,
     owner: Option<(u32, u32)>,
     mode: Option<u32>,
     exclude: Ignore,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { link: false, parents: false, owner: None, mode: None, exclude: Ignore::default() }
-    }
 }
 
 fn run(base: &View, sources: &[&str], destination: &str, options: &Options) -> Result<Vec<String>, CopyError> {
