@@ -313,6 +313,13 @@ impl Driver {
         all
     }
 
+    /// The available index after which the device wants to be notified.
+    pub(crate) fn avail_event(&self, queue: usize) -> u16 {
+        let ring = &self.rings[queue];
+        let address = ring.used() + 4 + 8 * u64::from(ring.size);
+        self.memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
     /// Whether an interrupt came since the last call; acknowledges it, and gives its status.
     pub(crate) fn interrupt(&mut self) -> Option<u32> {
         self.irq.read().ok()?;

@@ -5,4 +5,4 @@ mod conformance;
 mod driver;
 
 pub(crate) use conformance::*;
-pub(crate) use driver::{Desc, Driver};
+pub(crate) use driver::{Desc, Driver, SECOND_REGION};

@@ -21,4 +21,7 @@ mod host;
 mod mux;
 mod packet;
 
+#[cfg(test)]
+mod tests;
+
 pub use device::Vsock;

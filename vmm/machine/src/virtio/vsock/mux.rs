@@ -33,6 +33,8 @@ const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
 
 const LISTENER: u64 = 0;
+/// Part of a first line stays in the socket: it is looked at again when more comes.
+const CLIENT_EVENTS: EventFlags = EventFlags::IN.union(EventFlags::ET);
 
 pub(super) struct Mux {
     pub(super) poller: Poller,
@@ -112,7 +114,7 @@ impl Mux {
                 continue;
             }
             let token = self.new_token();
-            if (self.poller).add(&client, token, EventFlags::IN).is_ok() {
+            if (self.poller).add(&client, token, CLIENT_EVENTS).is_ok() {
                 self.clients.insert(token, client);
                 // It has said where to before it was accepted, as a rule.
                 self.greet(token);
@@ -137,7 +139,7 @@ impl Mux {
         };
         let ports = Ports { host: self.free_port(guest), guest };
         let mut connection = Connection::from_host(ports, client);
-        connection.armed = Some(EventFlags::IN);
+        connection.armed = Some(CLIENT_EVENTS);
         self.insert(token, connection);
     }
 
@@ -281,23 +283,12 @@ impl Mux {
         queue: &mut Virtqueue,
         budget: &mut usize,
     ) -> Result<bool, QueueError> {
-        while let Some(ports) = self.refusals.front().copied() {
-            if *budget == 0 {
-                self.poller.wake();
-                return Ok(false);
-            }
-            let Some(chain) = queue.pop(memory)? else {
-                return Ok(true);
-            };
-            let header = self.header(ports, OP_RST);
-            chain.writable.write(memory, &header.to_bytes())?;
-            queue.push(memory, chain.head, HEADER_BYTES as u32)?;
-            self.refusals.pop_front();
-            *budget -= 1;
+        if self.send_refusals(memory, queue, budget)? {
+            return Ok(true);
         }
         for _ in 0..self.ready.len() {
             let Some(token) = self.ready.pop_front() else {
-                return Ok(false);
+                break;
             };
             match self.serve(token, memory, queue, budget)? {
                 Served::Starved => {
@@ -313,8 +304,34 @@ impl Mux {
                 }
             }
         }
+        // Of connections that just ended.
+        if self.send_refusals(memory, queue, budget)? {
+            return Ok(true);
+        }
         if !self.ready.is_empty() || !self.refusals.is_empty() {
             self.poller.wake();
+        }
+        Ok(false)
+    }
+
+    /// True if it stopped for want of the guest's buffers.
+    fn send_refusals(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        queue: &mut Virtqueue,
+        budget: &mut usize,
+    ) -> Result<bool, QueueError> {
+        while *budget > 0
+            && let Some(ports) = self.refusals.front().copied()
+        {
+            let Some(chain) = queue.pop(memory)? else {
+                return Ok(true);
+            };
+            let header = new_header(self.guest_cid, ports, OP_RST);
+            chain.writable.write(memory, &header.to_bytes())?;
+            queue.push(memory, chain.head, HEADER_BYTES as u32)?;
+            self.refusals.pop_front();
+            *budget -= 1;
         }
         Ok(false)
     }
@@ -344,14 +361,7 @@ impl Mux {
             };
             let room = chain.writable.len_bytes();
             let place = chain.writable.split_front(HEADER_BYTES as u64)?;
-            let mut header = Header {
-                src_cid: HOST_CID,
-                dst_cid: guest_cid,
-                src_port: connection.ports.host,
-                dst_port: connection.ports.guest,
-                kind: TYPE_STREAM,
-                ..Header::default()
-            };
+            let mut header = new_header(guest_cid, connection.ports, 0);
             if let Some((op, flags)) = control {
                 header.op = op;
                 header.flags = flags;
@@ -384,17 +394,18 @@ impl Mux {
         }
         Ok(Served::More)
     }
+}
 
-    fn header(&self, ports: Ports, op: u16) -> Header {
-        Header {
-            src_cid: HOST_CID,
-            dst_cid: self.guest_cid,
-            src_port: ports.host,
-            dst_port: ports.guest,
-            kind: TYPE_STREAM,
-            op,
-            ..Header::default()
-        }
+/// The header of a packet to the guest.
+fn new_header(guest_cid: u64, ports: Ports, op: u16) -> Header {
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: guest_cid,
+        src_port: ports.host,
+        dst_port: ports.guest,
+        kind: TYPE_STREAM,
+        op,
+        ..Header::default()
     }
 }
 
