@@ -255,8 +255,7 @@ pub(super) fn write(
             put(*child)?;
         }
     }
-    let end_block = u64::from(meta_block) + placer.end_block;
-    let blocks = u32::try_from(end_block).map_err(|_| ConvertError::TooLarge)?;
+    let mut end_block = u64::from(meta_block) + placer.end_block;
 
     // Directories' whole blocks.
     let mut bytes = Vec::new();
@@ -311,6 +310,11 @@ pub(super) fn write(
         }
     }
     writer.flush()?;
+    if writer.start == end_block * BLOCK_BYTES as u64 {
+        // fsck.erofs looks for attributes behind every inode, also the last one.
+        end_block += 1;
+    }
+    let blocks = u32::try_from(end_block).map_err(|_| ConvertError::TooLarge)?;
     let len_bytes = end_block * BLOCK_BYTES as u64;
     let superblock = Superblock {
         // The root is placed first: in the first or the second block.

@@ -363,6 +363,3 @@ fn refusal(entry: &Entry, problem: TreeProblem) -> ConvertError {
         TreeProblem::TooMuchText => ConvertError::TooMuchText { name },
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -398,6 +398,3 @@ fn trim_nul(mut bytes: Vec<u8>) -> Vec<u8> {
     }
     bytes
 }
-
-#[cfg(test)]
-mod tests;

@@ -193,9 +193,10 @@ pub fn assert_same(expected: &BTreeMap<PathBuf, Seen>, actual: &BTreeMap<PathBuf
 /// Whether a directory's file system keeps user and trusted attributes.
 pub fn has_xattrs(directory: &Path) -> bool {
     let file = open(directory, OFlags::RDONLY, Mode::empty()).unwrap();
-    let flags = rustix::fs::XattrFlags::empty();
-    rustix::fs::fsetxattr(&file, c"trusted.caisson", b"1", flags).is_ok()
-        && rustix::fs::fremovexattr(&file, c"trusted.caisson").is_ok()
+    [c"trusted.caisson", c"user.caisson"].iter().all(|name| {
+        rustix::fs::fsetxattr(&file, *name, b"1", rustix::fs::XattrFlags::empty()).is_ok()
+            && rustix::fs::fremovexattr(&file, *name).is_ok()
+    })
 }
 
 /// A tar stream under construction.
