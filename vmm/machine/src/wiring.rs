@@ -8,6 +8,7 @@ use crate::memory::GuestMemory;
 use crate::monitor::lock;
 use crate::virtio::block::Block;
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::virtio::{
     MMIO_SIZE_BYTES, MmioTransport, QUEUE_NOTIFY_OFFSET, TransportError, TransportState, VirtioDevice,
 };
@@ -121,6 +122,12 @@ pub fn devices(config: &MachineConfig, memory: &GuestMemory) -> Result<Vec<Slot>
         slots.push(Slot { name, address, line, transport: Arc::new(Mutex::new(transport)) });
         Ok(())
     };
+    if let Some(vsock) = &config.vsock {
+        let name = "vsock".to_owned();
+        let device = Vsock::new(vsock.guest_cid, &vsock.directory)
+            .map_err(|source| WiringError::Device { name: name.clone(), source: Box::new(source) })?;
+        add(name, Box::new(device))?;
+    }
     add("rng".into(), Box::new(Rng::new()))?;
     for (index, disk) in config.disks.iter().enumerate() {
         let name = format!("disk{index}");
