@@ -80,6 +80,10 @@ pub struct Cpu {
     pub regs: kvm_regs,
     /// Segments and control registers.
     pub sregs: kvm_sregs,
+    /// Whether an instruction changed `sregs`.
+    pub sregs_changed: bool,
+    /// IA32_TSC_AUX, for the instruction that needs it.
+    pub tsc_aux: Option<u64>,
     /// Which components of the vector state the guest manages. Only with `xsave`.
     pub xcr0: u64,
     /// The vector state as `XSAVE` has it, for instructions that need it.
@@ -95,7 +99,17 @@ pub struct Cpu {
 impl Cpu {
     /// A vCPU without vector state.
     pub fn new(regs: kvm_regs, sregs: kvm_sregs) -> Self {
-        Self { regs, sregs, xcr0: 1, xsave: None, xsave_changed: false, layout: Layout::default(), exception: None }
+        Self {
+            regs,
+            sregs,
+            sregs_changed: false,
+            tsc_aux: None,
+            xcr0: 1,
+            xsave: None,
+            xsave_changed: false,
+            layout: Layout::default(),
+            exception: None,
+        }
     }
 
     /// Current privilege level.

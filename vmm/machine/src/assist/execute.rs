@@ -54,6 +54,10 @@ pub(super) fn execute(cpu: &mut Cpu, memory: &GuestMemory, i: &Instruction) -> R
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchnta
         | Mnemonic::Prefetch => {}
+        Mnemonic::Lsl => segment_limit(cpu, memory, i)?,
+        Mnemonic::Verr | Mnemonic::Verw => verify(cpu, memory, i)?,
+        Mnemonic::Rdpid => read_pid(cpu, i)?,
+        Mnemonic::Rdfsbase | Mnemonic::Rdgsbase | Mnemonic::Wrfsbase | Mnemonic::Wrgsbase => segment_base(cpu, i)?,
         Mnemonic::Cmpxchg16b => compare_exchange(cpu, memory, i, 16)?,
         Mnemonic::Cmpxchg8b => compare_exchange(cpu, memory, i, 8)?,
         Mnemonic::Rdrand | Mnemonic::Rdseed => random(cpu, i)?,
@@ -61,6 +65,10 @@ pub(super) fn execute(cpu: &mut Cpu, memory: &GuestMemory, i: &Instruction) -> R
         Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => {
             let address = state_operand(cpu, i)?;
             xsave::save(cpu, memory, address, is_64_bit_form(i.mnemonic()))?;
+        }
+        Mnemonic::Xsavec | Mnemonic::Xsavec64 => {
+            let address = state_operand(cpu, i)?;
+            xsave::save_compacted(cpu, memory, address, is_64_bit_form(i.mnemonic()))?;
         }
         Mnemonic::Xrstor | Mnemonic::Xrstor64 => {
             let address = state_operand(cpu, i)?;
@@ -96,7 +104,7 @@ pub(super) fn execute(cpu: &mut Cpu, memory: &GuestMemory, i: &Instruction) -> R
 }
 
 fn is_64_bit_form(mnemonic: Mnemonic) -> bool {
-    matches!(mnemonic, Mnemonic::Xsave64 | Mnemonic::Xsaveopt64 | Mnemonic::Xrstor64)
+    matches!(mnemonic, Mnemonic::Xsave64 | Mnemonic::Xsaveopt64 | Mnemonic::Xsavec64 | Mnemonic::Xrstor64)
 }
 
 /// `popcnt`, `lzcnt`, `tzcnt`: of the value and its size in bits.
@@ -237,6 +245,99 @@ unsafe fn compare_exchange_at(pointer: *mut u8, size: usize, expected: u128, new
         );
     }
     u128::from(low) | u128::from(high) << 64
+}
+
+/// A segment descriptor that a selector names, if it is within its table and its DPL allows it to be looked at.
+fn descriptor(cpu: &Cpu, memory: &GuestMemory, selector: u16) -> Result<Option<u64>, Stop> {
+    const TABLE_INDICATOR: u16 = 4;
+    if selector & !3 == 0 {
+        return Ok(None);
+    }
+    let s = &cpu.sregs;
+    let (base, limit) = match selector & TABLE_INDICATOR {
+        0 => (s.gdt.base, u32::from(s.gdt.limit)),
+        _ if s.ldt.unusable != 0 || s.ldt.present == 0 => return Ok(None),
+        _ => (s.ldt.base, s.ldt.limit),
+    };
+    let offset = u32::from(selector & !7);
+    if offset + 7 > limit {
+        return Ok(None);
+    }
+    let mut bytes = [0; 8];
+    // Tables are read with the rights of the supervisor, whoever runs; only it runs here.
+    paging::read(cpu, memory, base.wrapping_add(offset.into()), &mut bytes, Access::Read)?;
+    let descriptor = u64::from_le_bytes(bytes);
+    let dpl = (descriptor >> 45 & 3) as u16;
+    let conforming_code = descriptor >> 42 & 7 == 7;
+    let visible = conforming_code || (u16::from(cpu.cpl()) <= dpl && selector & 3 <= dpl);
+    Ok(visible.then_some(descriptor))
+}
+
+/// `lsl`: the limit of a segment, in bytes.
+fn segment_limit(cpu: &mut Cpu, memory: &GuestMemory, i: &Instruction) -> Result<(), Stop> {
+    protected(cpu)?;
+    let selector = source(cpu, memory, i, 1, 2)? as u16;
+    // Code and data have bit 44 set; of the system segments only these types have a limit (SDM volume 2, LSL).
+    let limited = |d: &u64| {
+        d >> 44 & 1 != 0 || matches!(d >> 40 & 0xf, 2 | 9 | 11) || (cpu.bits() != 64 && matches!(d >> 40 & 0xf, 1 | 3))
+    };
+    let found = descriptor(cpu, memory, selector)?.filter(limited);
+    cpu.set_flags(bits::ZF, found.is_some());
+    let Some(descriptor) = found else {
+        return Ok(());
+    };
+    let limit = descriptor & 0xffff | descriptor >> 32 & 0xf_0000;
+    let limit = if descriptor >> 55 & 1 != 0 { limit << 12 | 0xfff } else { limit };
+    cpu.set(i.op0_register(), limit).ok_or(Stop::Unsupported)
+}
+
+/// `verr`, `verw`: whether a segment can be read or written.
+fn verify(cpu: &mut Cpu, memory: &GuestMemory, i: &Instruction) -> Result<(), Stop> {
+    protected(cpu)?;
+    let selector = source(cpu, memory, i, 0, 2)? as u16;
+    let (code, readable_or_writable) = (1u64 << 43, 1u64 << 41);
+    let allowed = |d: &u64| {
+        let (is_code, bit) = (d & code != 0, d & readable_or_writable != 0);
+        let right = if i.mnemonic() == Mnemonic::Verw { !is_code && bit } else { !is_code || bit };
+        d >> 44 & 1 != 0 && right
+    };
+    let found = descriptor(cpu, memory, selector)?.filter(allowed);
+    cpu.set_flags(bits::ZF, found.is_some());
+    Ok(())
+}
+
+/// Instructions that are there in protected mode only.
+fn protected(cpu: &Cpu) -> Result<(), Stop> {
+    if cpu.sregs.cr0 & bits::CR0_PE == 0 { Err(UNDEFINED) } else { Ok(()) }
+}
+
+/// `rdpid`: IA32_TSC_AUX.
+fn read_pid(cpu: &mut Cpu, i: &Instruction) -> Result<(), Stop> {
+    let value = cpu.tsc_aux.ok_or(Stop::Unsupported)?;
+    cpu.set(i.op0_register(), value & 0xffff_ffff).ok_or(Stop::Unsupported)
+}
+
+/// `rdfsbase` and its like. CR4.FSGSBASE must be set, a base canonical.
+fn segment_base(cpu: &mut Cpu, i: &Instruction) -> Result<(), Stop> {
+    const CR4_FSGSBASE: u64 = 1 << 16;
+    if cpu.sregs.cr4 & CR4_FSGSBASE == 0 || cpu.bits() != 64 {
+        return Err(UNDEFINED);
+    }
+    let register = i.op0_register();
+    let value = cpu.get(register).ok_or(Stop::Unsupported)?;
+    let writes = matches!(i.mnemonic(), Mnemonic::Wrfsbase | Mnemonic::Wrgsbase);
+    if writes && !paging::is_canonical(cpu, value) {
+        return Err(PROTECTION);
+    }
+    let fs = matches!(i.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase);
+    let base = if fs { &mut cpu.sregs.fs.base } else { &mut cpu.sregs.gs.base };
+    if writes {
+        *base = value;
+        cpu.sregs_changed = true;
+        return Ok(());
+    }
+    let base = *base;
+    cpu.set(register, base).ok_or(Stop::Unsupported)
 }
 
 /// `rdrand`, `rdseed`: from the host kernel's generator.

@@ -11,12 +11,16 @@
 pub mod cpu;
 mod execute;
 pub mod paging;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod xsave;
 
 use crate::memory::GuestMemory;
 use cpu::{Cpu, Exception};
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, Mnemonic};
-use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, kvm_xsave};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, Msrs, kvm_msr_entry, kvm_xsave,
+};
 use kvm_ioctls::VcpuFd;
 use paging::Access;
 use std::collections::BTreeMap;
@@ -113,6 +117,9 @@ impl Assist {
             cpu.xsave = Some(xsave::area_from_kvm(&area));
             cpu.layout = self.layout.get_or_insert_with(Layout::of_host).clone();
         }
+        if instruction.mnemonic() == Mnemonic::Rdpid {
+            cpu.tsc_aux = Some(read_msr(fd, TSC_AUX)?);
+        }
         let result = execute::execute(&mut cpu, memory, &instruction);
         match result {
             Ok(()) => {
@@ -173,6 +180,17 @@ fn decode(cpu: &Cpu, memory: &GuestMemory, given: &[u8]) -> Result<Instruction, 
     at(&bytes).ok_or(AssistError::Undecodable { rip: cpu.regs.rip, bytes })
 }
 
+/// IA32_TSC_AUX.
+const TSC_AUX: u32 = 0xc000_0103;
+
+fn read_msr(fd: &VcpuFd, index: u32) -> Result<u64, AssistError> {
+    let entry = kvm_msr_entry { index, ..kvm_msr_entry::default() };
+    let mut list = Msrs::from_entries(&[entry])
+        .map_err(|e| AssistError::Kvm { what: "list an MSR", source: io::Error::other(e) })?;
+    fd.get_msrs(&mut list).map_err(failed("read an MSR"))?;
+    Ok(list.as_slice().first().map_or(0, |e| e.data))
+}
+
 /// Gives the vCPU what changed.
 fn store(fd: &VcpuFd, cpu: &Cpu) -> Result<(), AssistError> {
     if cpu.xsave_changed
@@ -182,6 +200,9 @@ fn store(fd: &VcpuFd, cpu: &Cpu) -> Result<(), AssistError> {
         // SAFETY: no feature with a larger area than `kvm_xsave` is enabled: that takes a permission asked of the
         // kernel by arch_prctl, which the monitor does not ask for.
         unsafe { fd.set_xsave(&area) }.map_err(failed("set the vector state"))?;
+    }
+    if cpu.sregs_changed {
+        fd.set_sregs(&cpu.sregs).map_err(failed("set special registers"))?;
     }
     fd.set_regs(&cpu.regs).map_err(failed("set registers"))
 }

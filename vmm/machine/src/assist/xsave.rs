@@ -1,7 +1,9 @@
 //! The vector state, and the instructions that save and restore it (Intel SDM volume 1, chapter 13).
 //!
-//! Only the standard format is there: CPUID leaf 0xD, subleaf 1 is masked on software KVM. KVM gives and takes the state in
-//! the same format and with the host's offsets, so that components are copied from one area to the other.
+//! KVM gives and takes the state in the standard format with the host's offsets, so that components are copied from one
+//! area to the other. In memory it has the standard or the compacted format (13.4.3): some software KVMs show the guest's
+//! kernel the host's CPUID leaf 0xD, subleaf 1 whatever was masked, and then a kernel uses `xsavec`. `xsaves` is privileged
+//! and not among them.
 
 use super::KVM_XSAVE_BYTES;
 use super::cpu::{Cpu, Exception};
@@ -32,7 +34,13 @@ const FDP_HIGH: Range<usize> = 20..24;
 /// The header.
 const HEADER: usize = 512;
 const XSTATE_BV: Range<usize> = HEADER..HEADER + 8;
+const XCOMP_BV: Range<usize> = HEADER + 8..HEADER + 16;
+/// Zero in the standard format, but for the last 40 bytes, which are not looked at.
 const HEADER_ZEROES: Range<usize> = HEADER + 8..HEADER + 24;
+/// Zero in the compacted format.
+const COMPACTED_ZEROES: Range<usize> = HEADER + 16..HEADER + 64;
+/// The bit of XCOMP_BV that says that the area is compacted.
+const COMPACTED: u64 = 1 << 63;
 const EXTENDED: usize = 576;
 /// Initial values.
 const INITIAL_FCW: u16 = 0x37f;
@@ -47,6 +55,8 @@ const MAX_COMPONENTS: usize = 62;
 pub struct Layout {
     /// By number; empty if there is none.
     components: Vec<Range<usize>>,
+    /// Those that are aligned to 64 bytes in the compacted format.
+    aligned: u64,
 }
 
 impl Layout {
@@ -54,22 +64,37 @@ impl Layout {
     pub fn of_host() -> Self {
         let top = __cpuid_count(0xd, 0);
         let supported = u64::from(top.eax) | u64::from(top.edx) << 32;
+        let mut aligned = 0;
         let components = (0..MAX_COMPONENTS as u32).map(|number| {
             if number < 2 || supported >> number & 1 == 0 {
                 return 0..0;
             }
             let leaf = __cpuid_count(0xd, number);
+            aligned |= u64::from(leaf.ecx >> 1 & 1) << number;
             let (offset, size) = (leaf.ebx as usize, leaf.eax as usize);
             // What does not fit into KVM's area is not used by any guest.
             if offset < EXTENDED || offset + size > KVM_XSAVE_BYTES { 0..0 } else { offset..offset + size }
         });
-        Self { components: components.collect() }
+        let components = components.collect();
+        Self { components, aligned }
     }
 
     /// The components of a set of features, with their numbers.
     fn of(&self, features: u64) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
         let all = self.components.iter().cloned().enumerate();
         all.filter(move |(number, range)| *number >= 2 && features >> number & 1 != 0 && !range.is_empty())
+    }
+
+    /// Number, place in the compacted format, and place in the standard format of the components of `features`.
+    fn compacted(&self, features: u64) -> Vec<(usize, Range<usize>, Range<usize>)> {
+        let mut end = EXTENDED;
+        self.of(features)
+            .map(|(number, standard)| {
+                let start = if self.aligned >> number & 1 != 0 { end.next_multiple_of(64) } else { end };
+                end = start + standard.len();
+                (number, start..end, standard)
+            })
+            .collect()
     }
 
     /// Bytes of an area that holds these features.
@@ -86,6 +111,8 @@ pub fn needs_state(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Xsave64
             | Mnemonic::Xsaveopt
             | Mnemonic::Xsaveopt64
+            | Mnemonic::Xsavec
+            | Mnemonic::Xsavec64
             | Mnemonic::Xrstor
             | Mnemonic::Xrstor64
             | Mnemonic::Xgetbv
@@ -156,23 +183,62 @@ pub fn save(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) -> Re
     paging::write(cpu, memory, address, &area)
 }
 
-/// `xrstor` (SDM volume 1, 13.8), standard form.
+/// `xsavec` (SDM volume 1, 13.10): what is in its initial state is not written, and the header is written whole.
+pub fn save_compacted(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) -> Result<(), Stop> {
+    let features = requested(cpu);
+    let state = cpu.xsave.as_deref().ok_or(Stop::Unsupported)?;
+    let mut in_use = u64_at(state, XSTATE_BV) & features;
+    if u32_at(state, MXCSR) != INITIAL_MXCSR {
+        in_use |= SSE & features;
+    }
+    let places = cpu.layout.compacted(features);
+    let len = places.last().map_or(EXTENDED, |(_, place, _)| place.end);
+    let mut area = vec![0; len];
+    paging::check(cpu, memory, address, len, Access::Write)?;
+    paging::read(cpu, memory, address, &mut area, Access::Write)?;
+    let mut copy = |to: Range<usize>, from: Range<usize>| area[to].copy_from_slice(&state[from]);
+    if in_use & X87 != 0 {
+        copy(X87_CONTROL, X87_CONTROL);
+        copy(X87_REGISTERS, X87_REGISTERS);
+    }
+    if in_use & SSE != 0 {
+        copy(XMM, XMM);
+        copy(MXCSR_AND_MASK, MXCSR_AND_MASK);
+    }
+    for (number, place, standard) in places {
+        if in_use >> number & 1 != 0 {
+            copy(place, standard);
+        }
+    }
+    if in_use & X87 != 0 && !wide {
+        area[FIP_HIGH].fill(0);
+        area[FDP_HIGH].fill(0);
+    }
+    area[HEADER..EXTENDED].fill(0);
+    area[XSTATE_BV].copy_from_slice(&in_use.to_le_bytes());
+    area[XCOMP_BV].copy_from_slice(&(features | COMPACTED).to_le_bytes());
+    paging::write(cpu, memory, address, &area)
+}
+
+/// `xrstor` (SDM volume 1, 13.8), both forms.
 pub fn restore(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) -> Result<(), Stop> {
     const PROTECTION: Stop = Stop::Exception(Exception::GeneralProtection);
     let features = requested(cpu);
-    let mut area = vec![0; cpu.layout.len(features)];
-    paging::read(cpu, memory, address, &mut area, Access::Read)?;
+    let mut area = read_area(cpu, memory, address, features)?;
     let in_use = u64_at(&area, XSTATE_BV);
-    if in_use & !cpu.xcr0 != 0 || area[HEADER_ZEROES].iter().any(|&b| b != 0) {
-        return Err(PROTECTION);
-    }
+    let compacted = u64_at(&area, XCOMP_BV) & COMPACTED != 0;
     if features & X87 != 0 && !wide {
         area[FIP_HIGH].fill(0);
         area[FDP_HIGH].fill(0);
     }
     let layout = cpu.layout.clone();
     let state = cpu.xsave.as_mut().ok_or(Stop::Unsupported)?;
-    if features & (SSE | AVX) != 0 && u32_at(&area, MXCSR) & !mxcsr_mask(state) != 0 {
+    // The compacted form initialises MXCSR with SSE; the standard form loads it whatever XSTATE_BV says (13.8.1).
+    if compacted && features & SSE != 0 && in_use & SSE == 0 {
+        area[MXCSR].copy_from_slice(&INITIAL_MXCSR.to_le_bytes());
+    }
+    let with_mxcsr = features & if compacted { SSE } else { SSE | AVX } != 0;
+    if with_mxcsr && u32_at(&area, MXCSR) & !mxcsr_mask(state) != 0 {
         return Err(PROTECTION);
     }
     let initial = initial_state(state.len());
@@ -182,8 +248,7 @@ pub fn restore(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) ->
         state[X87_CONTROL].copy_from_slice(&source[X87_CONTROL]);
         state[X87_REGISTERS].copy_from_slice(&source[X87_REGISTERS]);
     }
-    if features & (SSE | AVX) != 0 {
-        // Loaded whatever XSTATE_BV says (13.8.1).
+    if with_mxcsr {
         state[MXCSR].copy_from_slice(&area[MXCSR]);
     }
     if features & SSE != 0 {
@@ -200,6 +265,35 @@ pub fn restore(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) ->
     set_header(state, now);
     cpu.xsave_changed = true;
     Ok(())
+}
+
+/// Reads an area for `xrstor` and brings it into the standard format, but for its header. #GP if that is malformed.
+fn read_area(cpu: &Cpu, memory: &GuestMemory, address: u64, features: u64) -> Result<Vec<u8>, Stop> {
+    const PROTECTION: Stop = Stop::Exception(Exception::GeneralProtection);
+    let mut legacy = vec![0; EXTENDED];
+    paging::read(cpu, memory, address, &mut legacy, Access::Read)?;
+    let (in_use, format) = (u64_at(&legacy, XSTATE_BV), u64_at(&legacy, XCOMP_BV));
+    let mut area = vec![0; cpu.layout.len(features)];
+    if format & COMPACTED == 0 {
+        if in_use & !cpu.xcr0 != 0 || legacy[HEADER_ZEROES].iter().any(|&b| b != 0) {
+            return Err(PROTECTION);
+        }
+        paging::read(cpu, memory, address, &mut area, Access::Read)?;
+        return Ok(area);
+    }
+    let present = format & !COMPACTED;
+    let malformed = present & !cpu.xcr0 != 0 || in_use & !present != 0;
+    if malformed || legacy[COMPACTED_ZEROES].iter().any(|&b| b != 0) {
+        return Err(PROTECTION);
+    }
+    area[..EXTENDED].copy_from_slice(&legacy);
+    for (number, place, standard) in cpu.layout.compacted(present) {
+        if in_use & features & 1 << number != 0 {
+            let from = address.wrapping_add(place.start as u64);
+            paging::read(cpu, memory, from, &mut area[standard], Access::Read)?;
+        }
+    }
+    Ok(area)
 }
 
 /// MXCSR.
