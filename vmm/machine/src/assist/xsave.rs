@@ -183,7 +183,8 @@ pub fn save(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) -> Re
     paging::write(cpu, memory, address, &area)
 }
 
-/// `xsavec` (SDM volume 1, 13.10): what is in its initial state is not written, and the header is written whole.
+/// `xsavec` (SDM volume 1, 13.10): what is in its initial state is not written, and
+/// of the header only XSTATE_BV and XCOMP_BV are.
 pub fn save_compacted(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: bool) -> Result<(), Stop> {
     let features = requested(cpu);
     let state = cpu.xsave.as_deref().ok_or(Stop::Unsupported)?;
@@ -214,7 +215,6 @@ pub fn save_compacted(cpu: &mut Cpu, memory: &GuestMemory, address: u64, wide: b
         area[FIP_HIGH].fill(0);
         area[FDP_HIGH].fill(0);
     }
-    area[HEADER..EXTENDED].fill(0);
     area[XSTATE_BV].copy_from_slice(&in_use.to_le_bytes());
     area[XCOMP_BV].copy_from_slice(&(features | COMPACTED).to_le_bytes());
     paging::write(cpu, memory, address, &area)
