@@ -20,8 +20,11 @@ pub const HARDWARE: &str = "";
 /// - `caisson.software_kvm`: take the page fault that SYSCALL ends in for the system call (patches/0001).
 /// - `mitigations=off`: the processor never runs this kernel's instructions; the host's own mitigations guard the guests from each other.
 /// - `rodata=off`: remapping the kernel read-only, page by page, costs a fifth of a second or more.
+/// - `clearcpuid=...`: some software KVMs show the kernel the host's CPUID whatever the monitor masks. These features cost
+///   instructions that the monitor must supply (`clac` at each interrupt), and guard nothing there.
 /// - `rcupdate.rcu_cpu_stall_suppress=1`: a slow processor is not a stalled one.
-pub const SOFTWARE: &str = "caisson.software_kvm mitigations=off rodata=off rcupdate.rcu_cpu_stall_suppress=1";
+pub const SOFTWARE: &str = "caisson.software_kvm mitigations=off rodata=off \
+                            clearcpuid=smap,smep,umip,xsavec,fsgsbase rcupdate.rcu_cpu_stall_suppress=1";
 
 /// The part of the command line that is the kernel's own affair; the monitor adds the devices, the runtime the agent's.
 /// `kvm_kind_is_software` says whether the host's KVM works without hardware virtualisation.
