@@ -52,7 +52,6 @@ pub(super) fn read(stream: BorrowedFd<'_>, memory: &GuestMemoryMmap, buffers: &B
 }
 
 /// Writes `buffers` to a tap or another file that raises no SIGPIPE.
-#[allow(dead_code)] // net comes next
 pub(super) fn write(file: BorrowedFd<'_>, memory: &GuestMemoryMmap, buffers: &Buffers) -> io::Result<usize> {
     with_iovecs(memory, buffers, Permissions::Read, |iovecs, count| {
         // SAFETY: as in `read_at`; the memory is only read.

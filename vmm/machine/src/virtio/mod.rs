@@ -17,6 +17,7 @@
 pub mod block;
 mod guest_io;
 mod interrupt;
+pub mod net;
 mod poller;
 mod queue;
 pub mod rng;
