@@ -7,6 +7,7 @@ use crate::kvm::{KvmError, Vm, failed};
 use crate::memory::GuestMemory;
 use crate::monitor::lock;
 use crate::virtio::block::Block;
+use crate::virtio::net::{Net, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{
@@ -134,6 +135,14 @@ pub fn devices(config: &MachineConfig, memory: &GuestMemory) -> Result<Vec<Slot>
         let failed = |source| WiringError::Device { name: name.clone(), source };
         let medium = disk.path.as_deref().map(|path| open_medium(path, disk.read_only)).transpose().map_err(failed)?;
         let device = Block::new(medium, disk.read_only).map_err(|e| failed(Box::new(e)))?;
+        add(name, Box::new(device))?;
+    }
+    for (index, net) in config.net.iter().enumerate() {
+        let name = format!("net{index}");
+        let failed = |source| WiringError::Device { name: name.clone(), source };
+        let open = |tap: &str| Tap::open(tap).map_err(|e| format!("cannot open the tap {tap}: {e}").into());
+        let tap = net.tap.as_deref().map(open).transpose().map_err(failed)?;
+        let device = Net::new(tap, net.mac).map_err(|e| failed(Box::new(e)))?;
         add(name, Box::new(device))?;
     }
     Ok(slots)
