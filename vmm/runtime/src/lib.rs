@@ -1,1 +1,17 @@
 //! What a container is on the host: bundle, state, sandbox, supervisor.
+pub mod agent;
+pub mod assets;
+pub mod builtin;
+pub mod clock;
+pub mod container;
+pub mod containers;
+pub mod logs;
+pub mod paths;
+pub mod sandbox;
+pub mod seccomp;
+#[allow(unsafe_code)] // Signals and inherited descriptors.
+pub mod signals;
+pub mod spec;
+pub mod state;
+pub mod supervisor;
+pub mod template;

@@ -1,0 +1,88 @@
+//! The real command, without guests: help, bad input, exit codes, and what it does with files.
+#![allow(clippy::unwrap_used)]
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+fn caisson(home: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_caisson"))
+        .args(arguments)
+        .env("CAISSON_STORE", home.join("store"))
+        .env("CAISSON_ROOT", home.join("run"))
+        .env("CAISSON_CACHE", home.join("cache"))
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn ok(home: &Path, arguments: &[&str]) -> String {
+    let output = caisson(home, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn fails(home: &Path, arguments: &[&str], code: i32) -> String {
+    let output = caisson(home, arguments);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", text(&output.stderr));
+    assert!(output.stdout.is_empty(), "{arguments:?}");
+    text(&output.stderr)
+}
+
+#[test]
+fn every_verb_explains_itself() {
+    let home = tempfile::tempdir().unwrap();
+    let help = ok(home.path(), &["--help"]);
+    assert!(help.contains("caisson run --rm busybox echo hello"));
+    assert!(!help.contains("supervise"));
+    for verb in [
+        "run", "exec", "ps", "logs", "attach", "start", "stop", "restart", "kill", "wait", "pause", "unpause",
+        "rename", "rm", "inspect", "image", "images", "rmi", "doctor",
+    ] {
+        assert!(help.contains(verb), "{verb}");
+        assert!(ok(home.path(), &[verb, "--help"]).contains("Usage:"), "{verb}");
+    }
+    assert!(ok(home.path(), &["--version"]).starts_with("caisson "));
+}
+
+#[test]
+fn mistakes_are_told_once_and_have_docker_s_codes() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let error = fails(home, &["run", "nosuchimage", "true"], 125);
+    assert!(
+        error.starts_with("error: ") && error.contains("nosuchimage") && error.contains("caisson image import"),
+        "{error}"
+    );
+    assert_eq!(error.lines().count(), 1, "{error}");
+    fails(home, &["run", "--nonsense", "busybox"], 125);
+    fails(home, &["run", "--memory", "lots", "busybox"], 125);
+    fails(home, &["nonsense"], 2);
+    assert_eq!(fails(home, &["logs", "nobody"], 1), "error: no such container: nobody\n");
+    assert!(fails(home, &["exec", "nobody", "true"], 125).contains("no such container"));
+    assert!(fails(home, &["stop", "nobody", "noone"], 1).contains("no such container: noone"));
+    assert!(fails(home, &["inspect", "nobody"], 1).contains("no such container or image"));
+    assert!(fails(home, &["image", "import", "/nonexistent.tar"], 1).contains("/nonexistent.tar"));
+    assert!(fails(home, &["rmi", "nosuchimage"], 1).contains("nosuchimage"));
+    ok(home, &["rm", "--force", "nobody"]);
+}
+
+#[test]
+fn an_empty_store_lists_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    assert_eq!(ok(home.path(), &["ps", "-a"]), "CONTAINER ID   IMAGE   COMMAND   CREATED   STATUS   PORTS   NAMES\n");
+    assert_eq!(ok(home.path(), &["ps", "-aq"]), "");
+    assert_eq!(ok(home.path(), &["images"]), "REPOSITORY   TAG   IMAGE ID   CREATED   SIZE\n");
+}
+
+#[test]
+fn doctor_names_what_it_looked_at() {
+    let home = tempfile::tempdir().unwrap();
+    let output = text(&caisson(home.path(), &["doctor"]).stdout);
+    for what in ["kvm", "cgroups", "monitor", "guest kernel", "mke2fs", "busybox", "store"] {
+        assert!(output.contains(what), "{output}");
+    }
+}
