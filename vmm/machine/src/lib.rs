@@ -22,6 +22,7 @@ pub mod memory;
 pub mod monitor;
 #[allow(unsafe_code)] // A guest of its own.
 pub mod probe;
+pub mod share;
 pub mod snapshot;
 pub mod virtio;
 pub mod wiring;
