@@ -7,6 +7,7 @@ use crate::kvm::{KvmError, Vm, failed};
 use crate::memory::GuestMemory;
 use crate::monitor::lock;
 use crate::virtio::block::Block;
+use crate::virtio::fs::Fs;
 use crate::virtio::net::{Net, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
@@ -17,6 +18,7 @@ use kvm_ioctls::IoEventAddress;
 use std::fmt::Write;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -143,6 +145,16 @@ pub fn devices(config: &MachineConfig, memory: &GuestMemory) -> Result<Vec<Slot>
         let open = |tap: &str| Tap::open(tap).map_err(|e| format!("cannot open the tap {tap}: {e}").into());
         let tap = net.tap.as_deref().map(open).transpose().map_err(failed)?;
         let device = Net::new(tap, net.mac).map_err(|e| failed(Box::new(e)))?;
+        add(name, Box::new(device))?;
+    }
+    for (index, share) in config.shares.iter().enumerate() {
+        let name = format!("share{index}");
+        let failed = |source| WiringError::Device { name: name.clone(), source };
+        let connect = |path: &Path| {
+            UnixStream::connect(path).map_err(|e| format!("cannot connect to {}: {e}", path.display()).into())
+        };
+        let server = share.socket.as_deref().map(connect).transpose().map_err(failed)?;
+        let device = Fs::new(&share.tag, server).map_err(|e| failed(Box::new(e)))?;
         add(name, Box::new(device))?;
     }
     Ok(slots)

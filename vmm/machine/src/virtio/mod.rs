@@ -15,6 +15,7 @@
 //! addresses, interrupt status. All devices run on the thread of the event loop.
 
 pub mod block;
+pub mod fs;
 mod guest_io;
 mod interrupt;
 pub mod net;
