@@ -909,3 +909,105 @@ fn sockets_in_a_directory_with_a_long_name() {
     let error = Vsock::new(3, &root.path().join("absent")).err().unwrap();
     assert!(error.to_string().contains("absent"), "{error}");
 }
+
+/// Something that the guest or the host does.
+#[derive(Clone, Debug)]
+enum Step {
+    Packet { op: u16, flags: u32, port: u32, len: usize, buf_alloc: u32, fwd_cnt: u32 },
+    Refill(usize),
+    Connect(u32),
+    Write(usize, usize),
+    Shutdown(usize, u8),
+    Drop(usize),
+    Pause,
+}
+
+fn step() -> impl proptest::strategy::Strategy<Value = Step> {
+    use proptest::prelude::*;
+    let credit = prop_oneof![Just(GUEST_BUFFER), 0_u32..100, any::<u32>()];
+    let packet = (0_u16..9, 0_u32..4, 0_u32..4, 0_usize..5000, credit, prop_oneof![0_u32..100, any::<u32>()]);
+    prop_oneof![
+        8 => packet.prop_map(|(op, flags, port, len, buf_alloc, fwd_cnt)| Step::Packet { op, flags, port, len, buf_alloc, fwd_cnt }),
+        2 => (0_usize..16).prop_map(Step::Refill),
+        3 => (0_u32..4).prop_map(Step::Connect),
+        3 => (any::<usize>(), 1_usize..20_000).prop_map(|(which, len)| Step::Write(which, len)),
+        1 => (any::<usize>(), 0_u8..3).prop_map(|(which, how)| Step::Shutdown(which, how)),
+        1 => any::<usize>().prop_map(Step::Drop),
+        1 => Just(Step::Pause),
+    ]
+}
+
+/// Whatever both sides do, the device comes to rest, and lets go of everything at a reset.
+#[test]
+fn bears_any_sequence_of_packets_and_clients() {
+    use proptest::prelude::*;
+    let config = ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(steps in prop::collection::vec(step(), 1..60))| {
+        let mut guest = Guest::new();
+        let listener = listen(guest.directory.path(), 1);
+        listener.set_nonblocking(true).unwrap();
+        let mut hosts: Vec<UnixStream> = Vec::new();
+        // The ports of connections that the guest heard of, and some that it makes up.
+        let mut ports = vec![Ports { host: 1, guest: 1 }, Ports { host: 1, guest: 2 }, Ports { host: 2, guest: 1 }];
+        for step in steps {
+            match step {
+                Step::Packet { op, flags, port, len, buf_alloc, fwd_cnt } => {
+                    let ports = ports[ports.len() - 1 - port as usize % ports.len()];
+                    let data = if op == OP_RW { pattern(len) } else { Vec::new() };
+                    let header = Header { op, flags, buf_alloc, fwd_cnt, len: data.len() as u32, ..guest.header(ports, op) };
+                    guest.send_packet(header, &data);
+                }
+                Step::Refill(count) => {
+                    let count = count.min(guest.free.len());
+                    guest.fill_rx(count);
+                }
+                Step::Connect(port) => {
+                    let mut client = guest.client();
+                    client.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+                    client.set_nonblocking(true).unwrap();
+                    hosts.push(client);
+                }
+                Step::Write(which, len) if !hosts.is_empty() => {
+                    let which = which % hosts.len();
+                    let _ = hosts[which].write(&pattern(len));
+                }
+                Step::Shutdown(which, how) if !hosts.is_empty() => {
+                    let which = which % hosts.len();
+                    let how = [Shutdown::Read, Shutdown::Write, Shutdown::Both][how as usize];
+                    let _ = hosts[which].shutdown(how);
+                }
+                Step::Drop(which) if !hosts.is_empty() => {
+                    let which = which % hosts.len();
+                    hosts.remove(which);
+                }
+                Step::Pause => {
+                    guest.driver.transport.pause();
+                    guest.driver.settle();
+                    guest.driver.transport.resume().unwrap();
+                }
+                _ => {}
+            }
+            guest.driver.settle();
+            guest.collect(false);
+            prop_assert!(!guest.driver.needs_reset());
+            for (header, _) in std::mem::take(&mut guest.packets) {
+                if header.op == OP_REQUEST {
+                    ports.push(Ports { host: header.src_port, guest: header.dst_port });
+                }
+            }
+            while let Ok((server, _)) = listener.accept() {
+                server.set_nonblocking(true).unwrap();
+                hosts.push(server);
+            }
+        }
+        guest.driver.settle();
+        guest.driver.write(0x70, 0);
+        drop(listener);
+        for mut host in hosts {
+            host.set_nonblocking(false).unwrap();
+            let mut rest = Vec::new();
+            // An end or an error, but an end.
+            let _ = host.read_to_end(&mut rest);
+        }
+    });
+}
