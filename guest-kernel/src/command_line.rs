@@ -21,10 +21,14 @@ pub const HARDWARE: &str = "";
 /// - `mitigations=off`: the processor never runs this kernel's instructions; the host's own mitigations guard the guests from each other.
 /// - `rodata=off`: remapping the kernel read-only, page by page, costs a fifth of a second or more.
 /// - `clearcpuid=...`: some software KVMs show the kernel the host's CPUID whatever the monitor masks. These features cost
-///   instructions that the monitor must supply (`clac` at each interrupt), and guard nothing there.
+///   instructions that the monitor must supply (`clac` at each interrupt, `cmpxchg16b` in the allocator), and guard nothing there;
+///   erms, fsrm, fzrm, fsrs and fsrc (394 to 396, which have no names) make the kernel clear and copy pages by bytes, each of which is
+///   emulated: `rep stosb` over a page takes seven times as long as `rep stosq`.
+/// - `noreplace-smp`: with one processor the kernel would patch out a thousand lock prefixes, mapping a page for each.
 /// - `rcupdate.rcu_cpu_stall_suppress=1`: a slow processor is not a stalled one.
 pub const SOFTWARE: &str = "caisson.software_kvm mitigations=off rodata=off \
-                            clearcpuid=smap,smep,umip,xsavec,fsgsbase rcupdate.rcu_cpu_stall_suppress=1";
+                            noreplace-smp \
+                            clearcpuid=smap,smep,umip,xsavec,fsgsbase,cx16,erms,fsrm,394,395,396 rcupdate.rcu_cpu_stall_suppress=1";
 
 /// The part of the command line that is the kernel's own affair; the monitor adds the devices, the runtime the agent's.
 /// `kvm_kind_is_software` says whether the host's KVM works without hardware virtualisation.
