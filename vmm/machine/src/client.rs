@@ -356,7 +356,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// An anonymous file with these bytes, to be read from its start.
-fn memory_file(bytes: &[u8]) -> io::Result<File> {
+pub(crate) fn memory_file(bytes: &[u8]) -> io::Result<File> {
     // SAFETY: the name is a valid C string; the result is checked.
     let fd = unsafe { libc::memfd_create(c"caisson-machine".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
@@ -370,7 +370,7 @@ fn memory_file(bytes: &[u8]) -> io::Result<File> {
 }
 
 /// In the child, before exec: nothing is inherited but the two channels, and it dies with its parent.
-fn prepare_child(inherited: [i32; 2], parent: u32) -> io::Result<()> {
+pub(crate) fn prepare_child(inherited: [i32; 2], parent: u32) -> io::Result<()> {
     // SAFETY: plain system calls with constant or checked arguments, no memory is passed.
     unsafe {
         if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {

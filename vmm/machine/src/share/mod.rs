@@ -9,6 +9,7 @@
 //! the request as the guest wrote it; each response likewise. FORGET, BATCH_FORGET and INTERRUPT have no response, all
 //! others exactly one, in the order of the requests. The server ends when the connection does.
 mod attributes;
+mod client;
 mod data;
 mod directory;
 mod identity;
@@ -18,6 +19,7 @@ mod server;
 mod table;
 mod wire;
 
+pub use client::{FileServer, FileServerError};
 pub use server::{Server, ServerError, serve};
 pub use wire::{HEADER_BYTES, MAX_FRAME_BYTES, RESPONSE_HEADER_BYTES, has_response};
 

@@ -1,18 +1,17 @@
 //! A running server; a raw client of it; and a mount through /dev/fuse.
-use caisson_machine::share::{Export, ShareConfig};
+use caisson_machine::share::{Export, FileServer, ShareConfig};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command};
 use std::thread::JoinHandle;
 
 /// A server process and the device's end of its connection.
 pub(crate) struct Served {
-    child: Child,
+    server: FileServer,
     pub(crate) connection: UnixStream,
 }
 
@@ -28,22 +27,10 @@ impl Served {
             .collect();
         let config = ShareConfig { exports, attribute_timeout_ms: 0, entry_timeout_ms: 0 };
         let work = tempfile::tempdir().unwrap();
-        let mut config_file = tempfile::tempfile_in(work.path()).unwrap();
-        config_file.write_all(&serde_json::to_vec(&config).unwrap()).unwrap();
-        config_file.rewind().unwrap();
         let socket = work.path().join("socket");
-        let listener = UnixListener::bind(&socket).unwrap();
-        for fd in [config_file.as_raw_fd(), listener.as_raw_fd()] {
-            // SAFETY: clears the close-on-exec flag of a descriptor that is open.
-            assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }, 0);
-        }
-        let child = Command::new(env!("CARGO_BIN_EXE_caisson-fs"))
-            .args(["--config-fd", &config_file.as_raw_fd().to_string()])
-            .args(["--listen-fd", &listener.as_raw_fd().to_string()])
-            .spawn()
-            .unwrap();
+        let server = FileServer::spawn(env!("CARGO_BIN_EXE_caisson-fs").as_ref(), &config, &socket, None).unwrap();
         let connection = UnixStream::connect(&socket).unwrap();
-        Self { child, connection }
+        Self { server, connection }
     }
 
     /// Sends a request as it is.
@@ -76,17 +63,14 @@ impl Served {
     }
 
     /// Hangs up; the server must end well.
-    pub(crate) fn finish(mut self) {
+    pub(crate) fn finish(self) {
+        let pid = rustix::process::Pid::from_raw(self.server.pid() as i32).unwrap();
         self.connection.shutdown(std::net::Shutdown::Both).unwrap();
-        assert!(self.child.wait().unwrap().success());
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.connection.shutdown(std::net::Shutdown::Both);
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let status = rustix::process::waitid(
+            rustix::process::WaitId::Pid(pid),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        );
+        assert_eq!(status.unwrap().unwrap().exit_status(), Some(0));
     }
 }
 
