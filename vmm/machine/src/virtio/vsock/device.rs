@@ -247,6 +247,9 @@ impl VirtioDevice for Vsock {
     }
 
     fn stop(&mut self) -> Vec<Virtqueue> {
+        // What the host did before it asked for this, such as closing its connections, comes first: a
+        // snapshot without connections spares the restored guest the event that they are gone.
+        self.fd_ready();
         self.mux.poller.disable();
         let Some(mut running) = self.running.take() else {
             return Vec::new();

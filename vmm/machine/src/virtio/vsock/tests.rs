@@ -843,6 +843,17 @@ fn a_restored_guest_without_connections_is_not_disturbed() {
 }
 
 #[test]
+fn a_client_that_closes_right_before_the_snapshot_is_not_in_it() {
+    let mut template = Guest::new();
+    let (client, _) = template.connect(1);
+    drop(client);
+    let mut guest = template.restored();
+    guest.expect(OP_RST);
+    assert!(guest.driver.used(EVENT).is_empty());
+    let _ = guest.connect(1);
+}
+
+#[test]
 fn a_restored_guest_learns_that_its_connections_are_gone() {
     for event_idx in [true, false] {
         let mut template = Guest::new();
