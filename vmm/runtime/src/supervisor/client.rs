@@ -134,7 +134,7 @@ impl Client {
 
     /// The next answer; a refusal is an error.
     pub fn answer(&mut self) -> Result<Answer, ClientError> {
-        match self.receiver.next().map_err(ClientError::Connection)? {
+        match self.receiver.receive().map_err(ClientError::Connection)? {
             Some(Answer::Error { message, code }) => Err(ClientError::Refused { message, code }),
             Some(answer) => Ok(answer),
             None => Err(ClientError::Died(self.death())),

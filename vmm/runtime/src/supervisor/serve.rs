@@ -31,7 +31,7 @@ pub(super) fn accept(shared: &Arc<Shared>, listener: UnixListener) -> Result<(),
 pub(super) fn connection(shared: &Arc<Shared>, mut receiver: Receiver, watcher: Watcher) -> Result<(), Failure> {
     let shared = Arc::clone(shared);
     thread::Builder::new().name("connection".into()).spawn(move || {
-        while let Ok(Some(request)) = receiver.next::<Request>() {
+        while let Ok(Some(request)) = receiver.receive::<Request>() {
             match handle(&shared, request, &mut receiver, &watcher) {
                 Ok(Some(answer)) => tell(&watcher, &answer),
                 Ok(None) => {}

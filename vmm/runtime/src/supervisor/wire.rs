@@ -196,7 +196,7 @@ impl Receiver {
     }
 
     /// The next message; None at the end of the stream.
-    pub fn next<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+    pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         loop {
             if let Some(end) = self.bytes.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.bytes.drain(..=end).collect();
@@ -259,15 +259,15 @@ mod tests {
         send(&here, &Request::Wait, &[]).unwrap();
         drop((here, write));
         let mut receiver = Receiver::new(there);
-        assert!(matches!(receiver.next().unwrap(), Some(Request::Attach { streams: [false, true, false] })));
+        assert!(matches!(receiver.receive().unwrap(), Some(Request::Attach { streams: [false, true, false] })));
         let mut passed = UnixStream::from(receiver.take_descriptor().unwrap());
         passed.write_all(b"through").unwrap();
         drop(passed);
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();
         assert_eq!(text, "through");
-        assert!(matches!(receiver.next().unwrap(), Some(Request::Wait)));
-        assert!(receiver.next::<Request>().unwrap().is_none());
+        assert!(matches!(receiver.receive().unwrap(), Some(Request::Wait)));
+        assert!(receiver.receive::<Request>().unwrap().is_none());
         assert!(receiver.take_descriptor().is_none());
     }
 
@@ -279,8 +279,8 @@ mod tests {
             (&here).write_all(b"{\"answer\":").unwrap();
         });
         let mut receiver = Receiver::new(there);
-        assert!(matches!(receiver.next().unwrap(), Some(Answer::Progress { what }) if what.len() == 300_000));
+        assert!(matches!(receiver.receive().unwrap(), Some(Answer::Progress { what }) if what.len() == 300_000));
         sender.join().unwrap();
-        assert!(receiver.next::<Answer>().is_err());
+        assert!(receiver.receive::<Answer>().is_err());
     }
 }
