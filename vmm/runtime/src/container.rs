@@ -2,9 +2,10 @@
 use std::path::{Path, PathBuf};
 
 use caisson_agent_protocol as agent;
-use caisson_machine::config::Disk;
+use caisson_machine::config::{Disk, Share};
 
 use crate::{
+    shares,
     spec::{self, Context, HostPath, SpecError},
     state::{Config, Directory, RootSource, Shape},
 };
@@ -16,7 +17,7 @@ pub const DEFAULT_MEMORY_MIB: u32 = 512;
 /// Memory sizes that machines come in: a template is kept for each one that is used.
 const MEMORY_STEPS_MIB: [u32; 12] = [128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384];
 /// Read-only disks of a template.
-pub const TEMPLATE_LAYERS: usize = 11;
+pub const TEMPLATE_LAYERS: usize = 10;
 /// Writable disks of a template.
 pub const TEMPLATE_WRITABLE: usize = 2;
 /// Layers that a machine can take.
@@ -63,17 +64,19 @@ pub fn disks(config: &Config, directory: &Directory, template: bool) -> Result<(
         }
         RootSource::Directory { .. } => {
             let disks = if template { template_disks() } else { Vec::new() };
-            Ok((disks, agent::Root::Share { tag: ROOT_TAG.into(), path: String::new(), readonly }))
+            Ok((disks, agent::Root::Share { tag: shares::TAG.into(), path: shares::ROOT.into(), readonly }))
         }
     }
 }
 
-/// The tag of the share that carries a bundle's root.
-pub const ROOT_TAG: &str = "root";
-
 /// The disks of a template.
 pub fn template_disks() -> Vec<Disk> {
     [vec![stub(true); TEMPLATE_LAYERS], vec![stub(false); TEMPLATE_WRITABLE]].concat()
+}
+
+/// The shares of a template, or of a machine whose file server listens on `socket`.
+pub fn share(socket: Option<PathBuf>) -> Share {
+    Share { tag: shares::TAG.into(), socket }
 }
 
 fn stub(read_only: bool) -> Disk {

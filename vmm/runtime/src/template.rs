@@ -154,7 +154,7 @@ fn build(directory: &Path, assets: &Assets, kind: KvmKind, shape: Shape, key: &s
             shape,
             disks: container::template_disks(),
             net: Vec::new(),
-            shares: Vec::new(),
+            shares: vec![container::share(None)],
             restore: None,
             hostname: String::new(),
         };
@@ -197,7 +197,7 @@ fn key(assets: &Assets, kind: KvmKind, shape: Shape) -> Result<String, TemplateE
         assets.identity(),
         shape.memory_mib,
         shape.vcpus,
-        container::template_disks(),
+        (container::template_disks(), container::share(None)),
         monitor.len(),
         monitor.mtime(),
         monitor.mtime_nsec(),

@@ -96,7 +96,11 @@ pub(super) fn convert(
     let recursive = options.iter().any(|option| option == "rbind");
     let fs_type = mount.typ().as_deref().unwrap_or_default();
     let bind = recursive || fs_type == "bind" || options.iter().any(|option| option == "bind");
-    let source = if bind {
+    let source = if bind && destination == "/dev/shm" {
+        // Engines make a tmpfs of the host for it; memory that programs share is the guest's own.
+        data = vec!["mode=1777"];
+        agent::MountSource::Kernel { fs_type: "tmpfs".into() }
+    } else if bind {
         let source =
             mount.source().as_ref().ok_or_else(|| SpecError::value(field(), "a bind mount without a source"))?;
         data.clear();

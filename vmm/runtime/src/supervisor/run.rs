@@ -6,7 +6,10 @@ use std::{
     io::Write,
     os::{
         fd::OwnedFd,
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            fs::DirBuilderExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::PathBuf,
     sync::{
@@ -29,11 +32,12 @@ use super::{
 use crate::{
     agent::{AgentEvent, RequestError},
     assets::Assets,
-    clock, container,
+    clock, console, container,
     containers::Containers,
     logs,
     paths::Paths,
     sandbox::{Description, MachineEnd, REQUEST_DEADLINE, Sandbox},
+    shares::Shares,
     signals,
     state::{Config, Directory, Exit, ProcessName, RootSource, State, Status, boot_id},
     template,
@@ -223,6 +227,16 @@ fn contain(
     }
     timing.template = template.is_some();
     let (disks, root) = container::disks(&config, directory, template.is_some())?;
+    let mut shares = Shares::default();
+    if let RootSource::Directory { path } = &config.root {
+        shares.add_root(path, false);
+    }
+    let no_stdio = agent::Stdio::default();
+    let mut described = container::describe(&config, root, no_stdio, None, &mut |path| shares.add(path))?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&run_directory)?;
+    let file_server = shares.serve(&run_directory)?;
+    let socket = file_server.as_ref().map(|server| server.socket.clone());
+    let share = (socket.is_some() || template.is_some()).then(|| container::share(socket));
     let description = Description {
         directory: &run_directory,
         assets: &assets,
@@ -230,7 +244,7 @@ fn contain(
         shape: config.shape,
         disks,
         net: Vec::new(),
-        shares: Vec::new(),
+        shares: share.into_iter().collect(),
         restore: template,
         hostname: config.spec.hostname().clone().unwrap_or_default(),
     };
@@ -241,15 +255,19 @@ fn contain(
 
     let listener = UnixListener::bind(run_directory.join(super::SOCKET))?;
     let timing = Arc::new(Mutex::new(timing));
+    let mut stdio = stdio;
+    let mut terminal = None;
+    if let Some(socket) = &config.console_socket {
+        let slave = console::open(socket)?;
+        if let (Some((width, height)), Some(process)) = (console::size(&slave), &mut described.process) {
+            process.terminal = Some(agent::TerminalSize { width, height });
+        }
+        stdio = Some([slave.try_clone()?, slave.try_clone()?, slave.try_clone()?]);
+        terminal = Some(slave);
+    }
     let (process, tokens) = open_streams(&sandbox, &config, directory, &timing, stdio)?;
     process.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(initial));
-    let mut no_host_paths = |path: crate::spec::HostPath| {
-        Err(crate::spec::SpecError::Value {
-            field: format!("mount of {}", path.path.display()),
-            problem: "bind mounts are not available yet".into(),
-        })
-    };
-    let described = container::describe(&config, root, tokens, None, &mut no_host_paths)?;
+    described.stdio = tokens;
     let created = sandbox.agent().request(AgentRequest::CreateContainer(Box::new(described)), REQUEST_DEADLINE);
     let pid = match created.map_err(|error| program_failure(&error))? {
         Reply::Process { pid } => pid,
@@ -279,9 +297,11 @@ fn contain(
     }
     serve::accept(&shared, listener)?;
     serve::connection(&shared, receiver, Arc::clone(initial))?;
-    forward_signals(&shared)?;
+    forward_signals(&shared, terminal)?;
     let (exit, error) = until_exit(&shared, &inbox);
-    Ok(finish(paths, &shared, exit, error))
+    let exit = finish(paths, &shared, exit, error);
+    drop(file_server);
+    Ok(exit)
 }
 
 /// Opens the init process's streams and connects them with the log and with this process's stdio.
@@ -411,12 +431,17 @@ fn drain(process: &Process) {
     }
 }
 
-fn forward_signals(shared: &Arc<Shared>) -> Result<(), Failure> {
+fn forward_signals(shared: &Arc<Shared>, terminal: Option<OwnedFd>) -> Result<(), Failure> {
     let shared = Arc::clone(shared);
     thread::Builder::new().name("signals".into()).spawn(move || {
         while let Ok(signal) = signals::wait() {
             if signal != libc::SIGWINCH {
                 let _ = shared.signal("", signal as u8, false);
+            } else if let Some((width, height)) = terminal.as_ref().and_then(console::size) {
+                let size = agent::TerminalSize { width, height };
+                let request =
+                    AgentRequest::Resize { container: container::GUEST_ID.into(), process: String::new(), size };
+                let _ = shared.sandbox.agent().done(request, REQUEST_DEADLINE);
             }
         }
     })?;
