@@ -1,5 +1,6 @@
 //! The caisson command: containers that run in their own small virtual machines.
 mod context;
+mod engine;
 mod interactive;
 mod output;
 mod prepare;
@@ -35,7 +36,11 @@ struct Cli {
 
 fn main() -> ExitCode {
     let request_ns = caisson_runtime::clock::monotonic_ns();
-    let cli = match Cli::try_parse() {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    if let Some(code) = engine::run(&arguments, request_ns) {
+        return ExitCode::from(code);
+    }
+    let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();

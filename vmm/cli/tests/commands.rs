@@ -86,3 +86,46 @@ fn doctor_names_what_it_looked_at() {
         assert!(output.contains(what), "{output}");
     }
 }
+
+#[test]
+fn engines_hear_runc_s_words() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    assert!(fails(home, &["state", "nobody"], 1).contains("container does not exist"));
+    assert!(fails(home, &["delete", "nobody"], 1).contains("container does not exist"));
+    assert!(fails(home, &["--systemd-cgroup", "kill", "nobody", "9"], 1).contains("container does not exist"));
+    assert!(fails(home, &["exec", "--process", "p.json", "nobody"], 255).contains("container does not exist"));
+    assert!(fails(home, &["create", "--bundle", "/nonexistent", "x"], 1).contains("/nonexistent"));
+    assert_eq!(ok(home, &["delete", "--force", "nobody"]), "");
+    assert_eq!(ok(home, &["list", "-q"]), "");
+    let features: serde_json::Value = serde_json::from_str(&ok(home, &["features"])).unwrap();
+    assert_eq!(features["linux"]["seccomp"]["enabled"], true);
+    assert!(features["mountOptions"].as_array().unwrap().iter().any(|option| option == "rbind"));
+}
+
+#[test]
+fn a_log_s_last_error_is_the_reason() {
+    let home = tempfile::tempdir().unwrap();
+    let log = home.path().join("log");
+    let output = caisson(home.path(), &["--log", log.to_str().unwrap(), "--log-format", "json", "start", "nobody"]);
+    assert_eq!(output.status.code(), Some(1));
+    let line = std::fs::read_to_string(log).unwrap();
+    let message: serde_json::Value = serde_json::from_str(line.trim()).unwrap();
+    assert_eq!(
+        (message["level"].as_str(), message["msg"].as_str()),
+        (Some("error"), Some("container does not exist: nobody"))
+    );
+    assert!(message["time"].as_str().unwrap().contains('T'));
+    assert!(text(&output.stderr).contains("container does not exist"));
+}
+
+#[test]
+fn spec_writes_a_configuration_that_is_one() {
+    let home = tempfile::tempdir().unwrap();
+    let bundle = home.path().to_str().unwrap();
+    ok(home.path(), &["spec", "--bundle", bundle]);
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(home.path().join("config.json")).unwrap()).unwrap();
+    assert_eq!((config["process"]["args"][0].as_str(), config["root"]["readonly"].as_bool()), (Some("sh"), Some(true)));
+    assert!(fails(home.path(), &["spec", "--bundle", bundle], 1).contains("exists"));
+}

@@ -35,6 +35,6 @@ pub(crate) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<u8
     client.answer()?;
     let terminal = terminal && stdin().is_terminal();
     let end = interactive::follow(&mut client, &signals, terminal, Some(String::new()), &mut Progress::new())?;
-    report(&end, false);
+    report(&end);
     Ok(end.exit.code())
 }

@@ -18,7 +18,14 @@ mod supervise;
 mod template;
 mod wait;
 
+pub(crate) use run::{parse_size, report};
+
 use crate::context::Context;
+
+/// A span of time, for clap.
+pub(crate) fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    caisson_runtime::clock::parse_duration(text).ok_or_else(|| format!("{text:?} is not a span such as 5s"))
+}
 
 /// A verb.
 #[derive(Debug, clap::Subcommand)]

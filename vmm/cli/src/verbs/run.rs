@@ -305,12 +305,12 @@ fn foreground(
     if let (true, Some(timing)) = (arguments.timing, &end.timing) {
         print_timing(timing);
     }
-    report(&end, container.config.spec.linux().as_ref().is_some());
+    report(&end);
     Ok(end.exit.code())
 }
 
 /// Says what the exit code alone does not.
-pub(crate) fn report(end: &interactive::End, _limits: bool) {
+pub(crate) fn report(end: &interactive::End) {
     if end.oom {
         eprintln!(
             "caisson: the container ran out of memory, and the guest's kernel killed a process of it (--memory sets the limit)"

@@ -67,6 +67,6 @@ pub(crate) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<u8
     let end =
         interactive::follow(&mut client, &signals, false, None, &mut progress).map_err(|error| coded(error, 125))?;
     client.reap();
-    report(&end, false);
+    report(&end);
     Ok(end.exit.code())
 }
