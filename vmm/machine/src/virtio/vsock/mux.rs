@@ -19,7 +19,7 @@ use crate::virtio::{Buffers, QueueError, Virtqueue};
 
 /// The most connections at once, those of clients that have not said where to included. Each may
 /// hold [`super::connection::BUFFER_BYTES`] of the guest's data.
-pub(super) const MAX_CONNECTIONS: usize = 512;
+pub(super) const MAX_CONNECTIONS: usize = if cfg!(test) { 64 } else { 512 };
 /// The most refusals that wait for a buffer of the guest; then no more of its packets are taken.
 const MAX_REFUSALS: usize = 256;
 /// The most packets to the guest in one turn of the event loop.

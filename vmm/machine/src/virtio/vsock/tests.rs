@@ -638,26 +638,27 @@ fn without_buffers_of_the_guest_nothing_is_lost_and_nothing_spins() {
     let (mut client, ports) = guest.connect(1);
     // Use the buffers up.
     let data = pattern(64 * (RX_BUFFER_BYTES - HEADER_BYTES));
-    client.write_all(&data[..200_000]).unwrap();
+    client.write_all(&data[..120_000]).unwrap();
     guest.driver.settle();
     guest.collect(false);
     let mut all: Vec<u8> = Vec::new();
+    // The second client is served if its turn comes before the buffers are used up.
+    let is_of_second = |header: &Header| header.dst_port == 2 && [OP_REQUEST, OP_RST].contains(&header.op);
     let mut take = |guest: &mut Guest| {
         for (header, bytes) in std::mem::take(&mut guest.packets) {
-            assert_eq!(header.op, OP_RW);
-            all.extend(bytes);
+            if !is_of_second(&header) {
+                assert_eq!(header.op, OP_RW);
+                all.extend(bytes);
+            }
         }
         all.len()
     };
     let first = take(&mut guest);
     guest.send_credit(ports, GUEST_BUFFER, first as u32);
-    client.write_all(&data[200_000..]).unwrap();
-    let (second, second_ports) = {
-        // One more connection waits with it, and its client goes away.
-        let mut second = guest.client();
-        second.write_all(b"CONNECT 2\n").unwrap();
-        (second, Ports { host: ports.host + 1, guest: 2 })
-    };
+    client.write_all(&data[120_000..]).unwrap();
+    // One more connection waits with it, and its client goes away.
+    let mut second = guest.client();
+    second.write_all(b"CONNECT 2\n").unwrap();
     drop(client);
     drop(second);
     guest.driver.settle();
@@ -671,14 +672,13 @@ fn without_buffers_of_the_guest_nothing_is_lost_and_nothing_spins() {
     while !ended {
         let (header, bytes) = guest.packet();
         match header.op {
+            _ if is_of_second(&header) => {}
             OP_RW => {
                 all.extend(bytes);
                 let len = all.len() as u32;
                 guest.send_credit(ports, GUEST_BUFFER, len);
             }
             OP_RST => ended = true,
-            // The second client's, if it was sent before that went away.
-            OP_REQUEST => assert_eq!(header.dst_port, second_ports.guest),
             _ => panic!("{header:?}"),
         }
     }
