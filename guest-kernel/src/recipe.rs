@@ -25,6 +25,10 @@ pub(crate) const FILES: &[File] = files![
     "config/30-filesystems.config",
     "config/40-mitigations.config",
     "patches/0001-x86-syscall-under-software-kvm.patch",
+    "patches/0002-x86-alternatives-with-fewer-decoded-instructions.patch",
+    "patches/0003-x86-mm-look-up-e820-only-for-mapped-slots.patch",
+    "patches/0004-strlen-by-words.patch",
+    "patches/0005-tick-less-often-under-software-kvm.patch",
 ];
 
 /// 16 hexadecimal digits that stand for `files`; `build --recipe` computes the same.
