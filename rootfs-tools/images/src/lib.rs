@@ -11,6 +11,7 @@ pub mod import;
 pub mod layer;
 pub mod limits;
 pub mod reference;
+pub mod registry;
 pub mod save;
 pub mod store;
 

@@ -1,6 +1,9 @@
 //! What the tests with Debian's own tools share. They assume root, as CI has it.
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code, unreachable_pub)]
 
+#[path = "registry.rs"]
+pub mod registry;
+
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
