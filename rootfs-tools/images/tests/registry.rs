@@ -1,5 +1,5 @@
 //! The registry client against Debian's `docker-registry`, and against one that misbehaves.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, unreachable_pub, dead_code)]
 
 mod common;
 #[path = "common/faults.rs"]
@@ -107,11 +107,7 @@ fn images_go_to_a_registry_and_come_back() {
     run("skopeo", &["inspect", "--tls-verify=false", &format!("docker://{host}/team/app:1")]);
     let source = format!("oci:{}/busybox:latest", directory.path().display());
     let to = |tag: &str| format!("docker://{host}/team/app:{tag}");
-    skopeo_copy(
-        &["--dest-tls-verify=false", "--dest-compress-format", "zstd", "--dest-force-compress-format"],
-        &source,
-        &to("zstd"),
-    );
+    skopeo_copy(&["--dest-tls-verify=false", "--dest-compress-format", "zstd"], &source, &to("zstd"));
     skopeo_copy(&["--dest-tls-verify=false", "--format", "v2s2"], &source, &to("docker"));
     for tag in ["zstd", "docker"] {
         let store = empty_store(directory.path(), tag);

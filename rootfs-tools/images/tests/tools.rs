@@ -1,5 +1,5 @@
 //! Images that umoci, skopeo and podman write are imported, and they read what we write.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, unreachable_pub, dead_code)]
 
 mod common;
 
