@@ -4,6 +4,7 @@ mod engine;
 mod interactive;
 mod output;
 mod prepare;
+mod registry;
 mod verbs;
 
 use std::process::ExitCode;

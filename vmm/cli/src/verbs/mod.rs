@@ -5,13 +5,20 @@ mod exec;
 mod image;
 mod inspect;
 mod kill;
+mod load;
+mod login;
+mod logout;
 mod logs;
 mod pause;
 mod ps;
+mod pull;
+mod push;
 mod rename;
 mod restart;
 mod rm;
 mod run;
+mod save;
+mod search_tags;
 mod start;
 mod stop;
 mod supervise;
@@ -68,6 +75,22 @@ pub(crate) enum Command {
     Images(image::ListArguments),
     /// Remove images
     Rmi(image::RemoveArguments),
+    /// Fetch an image from a registry
+    Pull(pull::Arguments),
+    /// Store an image in a registry
+    Push(push::Arguments),
+    /// Check and keep credentials for a registry
+    Login(login::Arguments),
+    /// Forget a registry's credentials
+    Logout(logout::Arguments),
+    /// List the tags that a registry has of an image
+    SearchTags(search_tags::Arguments),
+    /// Give an image another name
+    Tag(image::TagArguments),
+    /// Write images to an archive
+    Save(save::Arguments),
+    /// Read images from an archive
+    Load(load::Arguments),
     /// Manage the templates that containers are started from
     #[command(subcommand)]
     Template(template::Command),
@@ -99,6 +122,14 @@ impl Command {
             Command::Image(command) => image::run(command, context),
             Command::Images(arguments) => image::list(&arguments, context),
             Command::Rmi(arguments) => image::remove(&arguments, context),
+            Command::Pull(arguments) => pull::run(&arguments, context),
+            Command::Push(arguments) => push::run(&arguments, context),
+            Command::Login(arguments) => login::run(&arguments),
+            Command::Logout(arguments) => logout::run(&arguments),
+            Command::SearchTags(arguments) => search_tags::run(&arguments),
+            Command::Tag(arguments) => image::run(image::Command::Tag(arguments), context),
+            Command::Save(arguments) => save::run(&arguments, context),
+            Command::Load(arguments) => load::run(&arguments, context),
             Command::Template(command) => template::run(&command, context),
             Command::Doctor(arguments) => doctor::run(&arguments, context),
             Command::Supervise(arguments) => Ok(supervise::run(arguments)),
