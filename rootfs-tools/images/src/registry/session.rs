@@ -374,7 +374,8 @@ impl<'a> Session<'a> {
             target: realm.chars().take(300).collect(),
             reason,
         };
-        if !realm.starts_with("https://") && !(realm.starts_with("http://") && self.base.starts_with("http://")) {
+        let plain = realm.starts_with("http://") && self.base.starts_with("http://");
+        if !plain && !realm.starts_with("https://") {
             return Err(refused("a token service has to be reached over TLS"));
         }
         let response = match &self.credentials {
