@@ -17,5 +17,6 @@ pub mod shares;
 pub mod signals;
 pub mod spec;
 pub mod state;
+pub mod step;
 pub mod supervisor;
 pub mod template;

@@ -1,5 +1,6 @@
 //! The verbs, one file each.
 mod attach;
+mod build;
 mod doctor;
 mod exec;
 mod image;
@@ -68,6 +69,8 @@ pub(crate) enum Command {
     Rm(rm::Arguments),
     /// Show all about containers or images
     Inspect(inspect::Arguments),
+    /// Build an image from a Dockerfile
+    Build(Box<build::Arguments>),
     /// Manage images
     #[command(subcommand)]
     Image(image::Command),
@@ -119,6 +122,7 @@ impl Command {
             Command::Rename(arguments) => rename::run(&arguments, context),
             Command::Rm(arguments) => rm::run(&arguments, context),
             Command::Inspect(arguments) => inspect::run(&arguments, context),
+            Command::Build(arguments) => build::run(&arguments, context),
             Command::Image(command) => image::run(command, context),
             Command::Images(arguments) => image::list(&arguments, context),
             Command::Rmi(arguments) => image::remove(&arguments, context),
