@@ -57,6 +57,8 @@ pub struct Export {
     pub read_only: bool,
 }
 
+/// New names are seen at once, as nothing is remembered of names that are not there; changed content and removed names at the
+/// latest after this. In a slow guest less would mean to ask for each file again and again.
 fn default_timeout_ms() -> u32 {
-    250
+    1000
 }
