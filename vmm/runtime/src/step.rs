@@ -147,7 +147,8 @@ pub fn run(
         shape: step.shape,
         disks: plan.disks,
         net: Vec::new(),
-        shares: Vec::new(),
+        // A machine that restores a template has the template's devices.
+        shares: restore.iter().map(|_| container::share(None)).collect(),
         restore,
         hostname: "build".to_owned(),
     };
