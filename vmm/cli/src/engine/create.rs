@@ -85,7 +85,6 @@ pub(crate) fn create(arguments: &CreateArguments, context: &Context) -> anyhow::
 
 /// Creates a container up to the point where it can be started.
 fn make(arguments: &CreateArguments, context: &Context) -> anyhow::Result<(Engine, Client)> {
-    prepare::guest(&mut Progress::new())?;
     let console_socket = arguments.console_socket.as_ref().map(std::path::absolute).transpose()?;
     let create = Create {
         id: arguments.id.clone(),
@@ -96,6 +95,7 @@ fn make(arguments: &CreateArguments, context: &Context) -> anyhow::Result<(Engin
     };
     let mut made = engine::create(&context.paths, create)?;
     let result = (|| {
+        prepare::guest(&mut Progress::new())?;
         supervisor::clear(&context.paths, &made.directory)?;
         let mut client = launch(&Launch {
             directory: &made.directory,
