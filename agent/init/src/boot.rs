@@ -32,7 +32,11 @@ pub fn run() -> ! {
     sys::end_machine()
 }
 
-fn start() -> Result<Server> {
+/// Makes what the kernel has started PID 1 in a machine that containers can run in.
+///
+/// # Errors
+/// If the kernel lacks something that is needed.
+pub fn machine() -> Result<Machine> {
     rustix::process::umask(Mode::empty());
     let _ = sys::prctl(sys::pr::PR_SET_DUMPABLE, 0, 0);
     make_root_replaceable()?;
@@ -44,15 +48,19 @@ fn start() -> Result<Server> {
     mount("dev", "/dev", "devtmpfs", flags, None).context(|| String::from("mounting /dev"))?;
     mount("proc", "/proc", "proc", flags, None).context(|| String::from("mounting /proc"))?;
     mount("cgroup", "/cgroup", "cgroup2", flags, None).context(|| String::from("mounting cgroup2"))?;
-    let cgroups = cgroup::Root::open("/cgroup")?;
     if let Ok(socket) = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None) {
         // A machine without a network still has its own address.
         let _ = sys::set_interface_up(&socket, "lo");
     }
+    Machine::own(cgroup::Root::open("/cgroup")?)
+}
+
+fn start() -> Result<Server> {
+    let machine = machine()?;
     let control = sys::listen_vsock(CONTROL_PORT, 4).context(|| format!("listening on vsock port {CONTROL_PORT}"))?;
     let streams =
         sys::listen_vsock(STREAM_PORT, STREAM_BACKLOG).context(|| format!("listening on vsock port {STREAM_PORT}"))?;
-    let mut server = Server::new(Machine::own(cgroups)?, control, streams)?;
+    let mut server = Server::new(machine, control, streams)?;
     // Nobody may be listening; then the host finds out in another way.
     if let Ok(doorbell) = sys::connect_vsock_host(DOORBELL_PORT) {
         server.ring(doorbell)?;

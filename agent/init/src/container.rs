@@ -120,7 +120,7 @@ impl Server {
             let job = Init {
                 program: process.map(|process| Program::new(process, streams.numbers(), null)),
                 share_directory: self.machine.share_directory.clone(),
-                cgroups: cgroup.is_some(),
+                is_own_machine: self.machine.is_own,
                 container,
             };
             let flags = Init::namespaces(&job.container);

@@ -223,8 +223,8 @@ fn set_identity(identity: &Identity, capabilities: &Capabilities) -> Result<()> 
 pub(crate) struct Init {
     pub(crate) container: Box<Container>,
     pub(crate) share_directory: Option<String>,
-    /// Whether there are cgroups here at all.
-    pub(crate) cgroups: bool,
+    /// Whether the agent has the machine to itself. Otherwise it has no cgroups in it, and has to borrow a stage.
+    pub(crate) is_own_machine: bool,
     /// None for a container that has no process yet.
     pub(crate) program: Option<Program>,
 }
@@ -240,7 +240,7 @@ impl Init {
 impl Job for Init {
     fn prepare(&mut self) -> Result<()> {
         let container = &self.container;
-        if container.own_cgroup_namespace && self.cgroups {
+        if container.own_cgroup_namespace && self.is_own_machine {
             // Not by clone3: the namespace's root would be the agent's group instead of the container's.
             sys::unshare(uapi::CLONE_NEWCGROUP).context(|| String::from("making a cgroup namespace"))?;
         }
@@ -256,7 +256,7 @@ impl Job for Init {
         if let Some(name) = &container.domainname {
             rustix::system::setdomainname(name.as_bytes()).context(|| format!("setting the domainname {name:?}"))?;
         }
-        if self.share_directory.is_some() {
+        if !self.is_own_machine {
             crate::boot::borrow_stage()?;
         }
         root::set_up(container, self.share_directory.as_deref())?;

@@ -53,6 +53,12 @@ impl Machine {
         Self::new(Some(cgroups), None, true)
     }
 
+    /// Has shares be directories below the given one, instead of devices.
+    #[must_use]
+    pub fn with_share_directory(self, share_directory: String) -> Self {
+        Self { share_directory: Some(share_directory), ..self }
+    }
+
     /// A machine that others use too, for tests: there are no cgroups, shares are directories below the given one, and neither the clock
     /// nor the names of the machine are touched.
     ///
