@@ -8,7 +8,7 @@ use alloc::{
     string::{String, ToString},
     vec::Vec,
 };
-use caisson_agent_protocol::{ErrorKind, Resources, Stats};
+use caisson_agent_protocol::{DeviceRule, ErrorKind, Resources, Stats};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat},
@@ -52,7 +52,7 @@ impl Root {
         mkdirat(&self.directory, &*name, Mode::from_raw_mode(0o755)).context(|| String::from("making a cgroup"))?;
         let directory =
             openat(&self.directory, &*name, DIRECTORY, Mode::empty()).context(|| String::from("opening a cgroup"))?;
-        Ok(Cgroup { directory, name, device_filter: None })
+        Ok(Cgroup { directory, name, device_filter: None, device_rules: Vec::new() })
     }
 
     /// Removes a group whose processes have ended. Their last traces may take a moment to go.
@@ -78,6 +78,8 @@ pub(crate) struct Cgroup {
     directory: OwnedFd,
     name: String,
     device_filter: Option<OwnedFd>,
+    /// The rules that it enforces.
+    device_rules: Vec<DeviceRule>,
 }
 
 impl Cgroup {
@@ -120,10 +122,11 @@ impl Cgroup {
             }
             self.write(file, value)?;
         }
-        if !resources.devices.is_empty() {
+        if !resources.devices.is_empty() && resources.devices != self.device_rules {
             let filter = device_filter::load(&resources.devices)?;
             device_filter::attach(self.directory(), filter.as_fd(), self.device_filter.as_ref().map(AsFd::as_fd))?;
             self.device_filter = Some(filter);
+            self.device_rules.clone_from(&resources.devices);
         }
         Ok(())
     }

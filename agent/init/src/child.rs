@@ -26,10 +26,8 @@ const WORD: u8 = b'.';
 
 /// What a child does. All that it needs is in here, and what the agent is to know afterwards too.
 pub(crate) trait Job {
-    /// Goes up to the point where the child waits.
-    fn prepare(&mut self) -> Result<()>;
-    /// Does the rest, which ends in execve(2), and gives the reason if it did not.
-    fn execute(&mut self) -> AgentError;
+    /// Goes up to the next point where the child waits. The last step ends in execve(2), and fails otherwise.
+    fn step(&mut self) -> Result<()>;
 }
 
 /// What parent and child share.
@@ -51,7 +49,7 @@ pub(crate) struct Child<J> {
 }
 
 impl<J: Job> Child<J> {
-    /// Makes a child, in new namespaces of the kinds in `flags`, and waits until its job is prepared.
+    /// Makes a child, in new namespaces of the kinds in `flags`, and waits until the first step is done.
     pub(crate) fn spawn(job: J, flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Self> {
         let doing = || String::from("making a process");
         let (link, end) =
@@ -64,13 +62,23 @@ impl<J: Job> Child<J> {
             sys::clone_child(flags, cgroup, (stack.0, STACK_BYTES), run::<J>, (&raw mut *shared).cast::<c_void>())
         };
         let pidfd = made.context(doing)?;
-        let mut child = Self { pidfd: Some(pidfd), link, shared, _stack: stack };
+        let child = Self { pidfd: Some(pidfd), link, shared, _stack: stack };
         // The child has its own copy; without ours, its end is the link's end.
         drop(end);
-        if child.heard()? {
-            return Ok(child);
+        child.done()
+    }
+
+    /// Has the child do the next step, which is not its last.
+    pub(crate) fn advance(self) -> Result<Self> {
+        rustix::io::write(&self.link, &[WORD]).context(|| String::from("setting up a process"))?;
+        self.done()
+    }
+
+    fn done(mut self) -> Result<Self> {
+        if self.heard()? {
+            return Ok(self);
         }
-        let failure = child.shared.failure.take();
+        let failure = self.shared.failure.take();
         Err(failure.unwrap_or_else(|| error(ErrorKind::System, "a process died while it was being set up")))
     }
 
@@ -142,14 +150,14 @@ extern "C" fn run<J: Job>(shared: *mut c_void) -> ! {
     let shared = unsafe { &mut *shared.cast::<Shared<J>>() };
     // SAFETY: open in this process until it executes its program.
     let link = unsafe { BorrowedFd::borrow_raw(shared.link) };
-    if let Err(failure) = shared.job.prepare() {
-        shared.failure = Some(failure);
-        sys::exit(1);
+    loop {
+        if let Err(failure) = shared.job.step() {
+            shared.failure = Some(failure);
+            sys::exit(1);
+        }
+        let mut word = [0];
+        if rustix::io::write(link, &[WORD]) != Ok(1) || rustix::io::read(link, &mut word) != Ok(1) {
+            sys::exit(1);
+        }
     }
-    let mut word = [0];
-    if rustix::io::write(link, &[WORD]) != Ok(1) || rustix::io::read(link, &mut word) != Ok(1) {
-        sys::exit(1);
-    }
-    shared.failure = Some(shared.job.execute());
-    sys::exit(1)
 }

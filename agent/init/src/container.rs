@@ -3,9 +3,10 @@ use crate::{
     cgroup::{self, Cgroup},
     child::Child,
     error::{Context, Result, error},
-    launch::{Exec, Init, Program},
+    launch::{Exec, Init, Program, Stage},
     processes::Entry,
     pump::{Direction, Pump},
+    root,
     server::Server,
     sys,
 };
@@ -21,7 +22,7 @@ use rustix::{
     fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     io::{fcntl_dupfd_cloexec, ioctl_fionbio},
     pipe::{PipeFlags, pipe_with},
-    process::{PidfdGetfdFlags, pidfd_getfd},
+    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
 /// The most containers of a sandbox, and the most processes of the agent's own making.
@@ -38,6 +39,15 @@ pub(crate) struct Container {
     oom_events: Option<OwnedFd>,
     oom_kills: u64,
     paused: bool,
+}
+
+/// A container that was begun before anybody asked for it.
+pub(crate) struct Spare {
+    child: Child<Init>,
+    cgroup: Option<Cgroup>,
+    sample: Box<protocol::Container>,
+    /// The agent, in a descriptor that the child has too.
+    agent: OwnedFd,
 }
 
 /// The agent's and the program's ends of standard streams.
@@ -109,7 +119,11 @@ impl Server {
         let has_process = process.is_some();
         let terminal = process.as_ref().is_some_and(|process| process.terminal.is_some());
         let streams = self.take_streams(container.stdio, terminal)?;
-        let mut cgroup = self.machine.cgroups.as_mut().map(cgroup::Root::make).transpose()?;
+        let mut spare = self.spare.take_if(|spare| root::is_like(&container, &spare.sample));
+        let mut cgroup = match &mut spare {
+            Some(spare) => spare.cgroup.take(),
+            None => self.machine.cgroups.as_mut().map(cgroup::Root::make).transpose()?,
+        };
         let spawned = match &mut cgroup {
             Some(cgroup) => cgroup.set(&container.resources),
             None => Ok(()),
@@ -117,8 +131,19 @@ impl Server {
         .and_then(|()| {
             let id = container.id.clone();
             let null = self.machine.null.as_raw_fd();
+            let mut program = process.map(|process| Program::new(process, streams.numbers(), null));
+            if let Some(Spare { mut child, sample, agent, .. }) = spare {
+                if let Some(program) = &mut program {
+                    program.agent = Some(agent.as_raw_fd());
+                }
+                let job = child.job();
+                (job.container, job.program, job.sample) = (container, program, Some(sample));
+                return Ok((id, child.advance()?));
+            }
             let job = Init {
-                program: process.map(|process| Program::new(process, streams.numbers(), null)),
+                program,
+                stage: Stage::Container,
+                sample: None,
                 share_directory: self.machine.share_directory.clone(),
                 is_own_machine: self.machine.is_own,
                 container,
@@ -164,6 +189,32 @@ impl Server {
             return Err(failure);
         }
         Ok(Reply::Process { pid: 1 })
+    }
+
+    /// Begins a container like this one, to be used by the next that is.
+    pub(crate) fn prepare_container(&mut self, sample: Box<protocol::Container>) -> Result<()> {
+        if self.spare.is_some() || !root::can_be_spare(&sample) {
+            return Err(error(ErrorKind::Invalid, "a container like this one cannot be begun without its root"));
+        }
+        let doing = || String::from("opening the agent's own process");
+        let agent = pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context(doing)?;
+        let mut cgroup = self.machine.cgroups.as_mut().map(cgroup::Root::make).transpose()?;
+        if let Some(cgroup) = &mut cgroup {
+            let devices = sample.resources.devices.clone();
+            cgroup.set(&protocol::Resources { devices, ..protocol::Resources::default() })?;
+        }
+        let flags = Init::namespaces(&sample);
+        let job = Init {
+            program: None,
+            stage: Stage::Spare,
+            sample: None,
+            share_directory: self.machine.share_directory.clone(),
+            is_own_machine: self.machine.is_own,
+            container: sample.clone(),
+        };
+        let child = Child::spawn(job, flags, cgroup.as_ref().map(Cgroup::directory))?;
+        self.spare = Some(Spare { child, cgroup, sample, agent });
+        Ok(())
     }
 
     /// Has the streams of a process pumped. The program's own ends are closed here: it has them.

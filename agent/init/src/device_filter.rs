@@ -42,6 +42,7 @@ const REPLACE: u32 = 4;
 const DEVICE_BLOCK: i32 = 1;
 const DEVICE_CHAR: i32 = 2;
 const ALL_ACCESS: u8 = 7;
+const MKNOD: u8 = 1;
 
 /// An instruction: operation, destination, source, offset of a jump, constant.
 #[derive(Debug, Clone, Copy)]
@@ -127,12 +128,26 @@ fn compile(rules: &[DeviceRule]) -> Vec<Instruction> {
     program
 }
 
+/// What every container is allowed, as in runc, whatever its rules say: its own terminals and the specification's default devices. None is
+/// any number.
+const ALWAYS_ALLOWED: [(u32, Option<u32>); 8] =
+    [(1, Some(3)), (1, Some(5)), (1, Some(7)), (1, Some(8)), (1, Some(9)), (5, Some(0)), (5, Some(2)), (136, None)];
+
+/// The rules with those for devices that are always allowed. Nodes of any kind can be made, though not be opened.
+fn with_defaults(rules: &[DeviceRule]) -> Vec<DeviceRule> {
+    let allow = |kind, major, minor, access| DeviceRule { allow: true, kind, major, minor, access };
+    let mut all = rules.to_vec();
+    all.extend([allow(b'c', None, None, MKNOD), allow(b'b', None, None, MKNOD)]);
+    all.extend(ALWAYS_ALLOWED.map(|(major, minor)| allow(b'c', Some(major), minor, ALL_ACCESS)));
+    all
+}
+
 /// Loads the program for rules into the kernel.
 pub(crate) fn load(rules: &[DeviceRule]) -> Result<OwnedFd> {
     if rules.len() > MAX_RULES {
         return Err(error(ErrorKind::Invalid, format!("{} device rules are more than {MAX_RULES}", rules.len())));
     }
-    let program: Vec<u64> = compile(rules).into_iter().map(Instruction::encode).collect();
+    let program: Vec<u64> = compile(&with_defaults(rules)).into_iter().map(Instruction::encode).collect();
     let count = u32::try_from(program.len()).unwrap_or(u32::MAX);
     // prog_type and insn_cnt, insns, license; the rest is zero.
     let mut attributes = [0; 9];

@@ -12,7 +12,7 @@ use rustix::{
     fd::{AsFd, BorrowedFd, IntoRawFd, RawFd},
     fs::{Gid, Mode, OFlags, Uid},
     io::Errno,
-    process::RawPid,
+    process::{PidfdGetfdFlags, RawPid},
     pty::OpenptFlags,
     thread::{CapabilitySet, CapabilitySets},
 };
@@ -28,6 +28,8 @@ pub(crate) struct Program {
     pub(crate) master: Option<RawFd>,
     /// Its PID as it sees it.
     pub(crate) pid: RawPid,
+    /// The process's descriptor of the agent, if it was made before the agent's descriptors in `stdio`, and has to take them.
+    pub(crate) agent: Option<RawFd>,
     ready: Option<Ready>,
 }
 
@@ -41,13 +43,20 @@ struct Ready {
 
 impl Program {
     pub(crate) fn new(process: Process, stdio: [Option<RawFd>; 3], null: RawFd) -> Self {
-        Self { process, stdio, null, master: None, pid: 0, ready: None }
+        Self { process, stdio, null, master: None, pid: 0, agent: None, ready: None }
     }
 
     /// In the container's namespaces and root already: does all that does not take rights away.
     fn prepare(&mut self, console: bool) -> Result<()> {
         self.pid = rustix::process::getpid().as_raw_nonzero().get();
         rustix::process::setsid().context(|| String::from("making a session"))?;
+        if let Some(agent) = self.agent {
+            for fd in self.stdio.iter_mut().flatten() {
+                let taken = rustix::process::pidfd_getfd(borrow(&agent), *fd, PidfdGetfdFlags::empty());
+                // It stays open until the program is executed.
+                *fd = taken.context(|| String::from("taking a standard stream from the agent"))?.into_raw_fd();
+            }
+        }
         let process = &self.process;
         let identity = identity::resolve(&process.user, identity::read_database)?;
         if process.cwd != "/" {
@@ -227,6 +236,20 @@ pub(crate) struct Init {
     pub(crate) is_own_machine: bool,
     /// None for a container that has no process yet.
     pub(crate) program: Option<Program>,
+    pub(crate) stage: Stage,
+    /// What the container was made like, if it began as a spare one.
+    pub(crate) sample: Option<Box<Container>>,
+}
+
+/// What a container's init process does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Become the beginning of a container like the one given.
+    Spare,
+    /// Become the container.
+    Container,
+    /// Become the program.
+    Program,
 }
 
 impl Init {
@@ -237,18 +260,28 @@ impl Init {
     }
 }
 
-impl Job for Init {
-    fn prepare(&mut self) -> Result<()> {
-        let container = &self.container;
-        if container.own_cgroup_namespace && self.is_own_machine {
+impl Init {
+    fn make_namespaces(&self) -> Result<()> {
+        if self.container.own_cgroup_namespace && self.is_own_machine {
             // Not by clone3: the namespace's root would be the agent's group instead of the container's.
             sys::unshare(uapi::CLONE_NEWCGROUP).context(|| String::from("making a cgroup namespace"))?;
         }
-        if container.own_network {
+        if self.container.own_network {
             let doing = || String::from("bringing up lo");
             let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
             sys::set_interface_up(&socket.context(doing)?, "lo").context(doing)?;
         }
+        if !self.is_own_machine {
+            crate::boot::borrow_stage()?;
+        }
+        Ok(())
+    }
+
+    fn make_container(&mut self) -> Result<()> {
+        if self.sample.is_none() {
+            self.make_namespaces()?;
+        }
+        let container = &self.container;
         if !container.hostname.is_empty() {
             rustix::system::sethostname(container.hostname.as_bytes())
                 .context(|| format!("setting the hostname {:?}", container.hostname))?;
@@ -256,20 +289,32 @@ impl Job for Init {
         if let Some(name) = &container.domainname {
             rustix::system::setdomainname(name.as_bytes()).context(|| format!("setting the domainname {name:?}"))?;
         }
-        if !self.is_own_machine {
-            crate::boot::borrow_stage()?;
-        }
-        root::set_up(container, self.share_directory.as_deref())?;
+        root::set_up(container, self.sample.as_deref(), self.share_directory.as_deref())?;
         if let Some(program) = &mut self.program {
             program.prepare(true)?;
         }
-        root::close_off(container)
+        root::close_off(container, self.sample.is_some())
     }
+}
 
-    fn execute(&mut self) -> AgentError {
-        match &mut self.program {
-            Some(program) => program.execute(),
-            None => crate::error::error(ErrorKind::State, "the container has no process to start"),
+impl Job for Init {
+    fn step(&mut self) -> Result<()> {
+        match self.stage {
+            Stage::Spare => {
+                self.make_namespaces()?;
+                root::set_up_spare(&self.container)?;
+                self.stage = Stage::Container;
+                Ok(())
+            }
+            Stage::Container => {
+                self.make_container()?;
+                self.stage = Stage::Program;
+                Ok(())
+            }
+            Stage::Program => Err(match &mut self.program {
+                Some(program) => program.execute(),
+                None => crate::error::error(ErrorKind::State, "the container has no process to start"),
+            }),
         }
     }
 }
@@ -282,17 +327,16 @@ pub(crate) struct Exec {
 }
 
 impl Job for Exec {
-    fn prepare(&mut self) -> Result<()> {
+    fn step(&mut self) -> Result<()> {
+        if self.program.ready.is_some() {
+            return Err(self.program.execute());
+        }
         // The PID namespace is the agent's affair: it is the one that children are made in.
         let kinds =
             uapi::CLONE_NEWNS | uapi::CLONE_NEWUTS | uapi::CLONE_NEWIPC | uapi::CLONE_NEWNET | uapi::CLONE_NEWCGROUP;
         sys::set_namespaces(borrow(&self.init), kinds)
             .context(|| String::from("entering the container's namespaces"))?;
         self.program.prepare(false)
-    }
-
-    fn execute(&mut self) -> AgentError {
-        self.program.execute()
     }
 }
 

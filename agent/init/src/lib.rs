@@ -19,7 +19,6 @@ pub mod heap;
 mod identity;
 mod launch;
 mod network;
-mod prepare;
 mod processes;
 mod program;
 mod pump;

@@ -42,33 +42,106 @@ fn disk_device(disk: u8) -> Result<String> {
     Ok(format!("/dev/vd{}", char::from(b'a' + disk)))
 }
 
-/// Makes the container's file systems its calling process's, in the mount namespace that it has already.
-pub(crate) fn set_up(container: &Container, share_directory: Option<&str>) -> Result<()> {
+/// Where the mounts of a spare container wait for its root.
+const SPARE: &str = "/mnt/spare";
+
+/// The directories that hold all mounts of a spare container, relative to its root.
+fn tops(sample: &Container) -> impl Iterator<Item = &str> {
+    let is_below = |path: &str, other: &str| path.strip_prefix(other).is_some_and(|rest| rest.starts_with('/'));
+    let all = || sample.mounts.iter().map(|mount| mount.destination.as_str());
+    all().filter(move |path| !all().any(|other| is_below(path, other)))
+}
+
+/// Whether a container like the sample can be begun without its root: all is in mounts that are independent of it.
+pub(crate) fn can_be_spare(sample: &Container) -> bool {
+    let is_kernels = |mount: &Mount| matches!(mount.source, MountSource::Kernel { .. }) && mount.propagation.is_empty();
+    let is_plain = |path: &str| {
+        path.strip_prefix('/').is_some_and(|path| path.split('/').all(|name| !matches!(name, "" | "." | "..")))
+    };
+    let is_inside = |path: &String| {
+        is_plain(path) && tops(sample).any(|top| path.strip_prefix(top).is_some_and(|rest| rest.starts_with('/')))
+    };
+    sample.mounts.iter().all(|mount| is_kernels(mount) && is_plain(&mount.destination))
+        && tops(sample).any(|top| top == "/dev")
+        && sample.masked_paths.iter().chain(&sample.readonly_paths).all(is_inside)
+        && sample.devices.is_empty()
+        && sample.sysctl.is_empty()
+}
+
+/// Whether a container can begin as the spare one that was made like the sample.
+pub(crate) fn is_like(container: &Container, sample: &Container) -> bool {
+    container.mounts.starts_with(&sample.mounts)
+        && container.masked_paths == sample.masked_paths
+        && container.readonly_paths == sample.readonly_paths
+        && container.devices.is_empty()
+        && container.sysctl.is_empty()
+        && container.own_network == sample.own_network
+        && container.own_cgroup_namespace == sample.own_cgroup_namespace
+}
+
+/// Mounts and makes what does not need the root: in a tmpfs, from which [`set_up`] takes it.
+pub(crate) fn set_up_spare(sample: &Container) -> Result<()> {
+    let doing = || String::from("mounting a tmpfs for a spare container");
+    make_directory(SPARE)?;
+    mount("tmpfs", SPARE, "tmpfs", MountFlags::empty(), None).context(doing)?;
+    let root = rustix::fs::open("/", PATH, Mode::empty()).context(doing)?;
+    rustix::process::chdir(SPARE).context(doing)?;
+    rustix::process::chroot(".").context(doing)?;
+    let made = (|| {
+        sample.mounts.iter().try_for_each(|mount| attach(mount, None))?;
+        devices::make(&[], &[])?;
+        sample.readonly_paths.iter().try_for_each(|path| make_read_only(path))?;
+        mask(&sample.masked_paths)
+    })();
+    rustix::process::fchdir(&root).context(doing)?;
+    rustix::process::chroot(".").context(doing)?;
+    made
+}
+
+/// Moves the mounts of [`set_up_spare`] into the root, which is mounted and not entered yet.
+fn take_spare(sample: &Container) -> Result<()> {
+    let root = rustix::fs::open(NEW_ROOT, PATH, Mode::empty()).context(|| String::from("opening the root"))?;
+    for top in tops(sample) {
+        let target = make_below(root.as_fd(), top, true)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(sys::CWD, format!("{SPARE}{top}"), &target, "", flags)
+            .context(|| format!("moving a mount to {top}"))?;
+    }
+    Ok(())
+}
+
+/// Makes the container's file systems its calling process's, in the mount namespace that it has already. `spare` is what that process has
+/// made already, if it was a spare container.
+pub(crate) fn set_up(container: &Container, spare: Option<&Container>, share_directory: Option<&str>) -> Result<()> {
     mount_root(&container.root, share_directory)?;
-    let sources =
-        container.mounts.iter().map(|mount| open_source(mount, share_directory)).collect::<Result<Vec<_>>>()?;
+    if let Some(sample) = spare {
+        take_spare(sample)?;
+    }
+    let done = spare.map_or(0, |sample| sample.mounts.len());
+    let mounts = container.mounts.get(done..).unwrap_or_default();
+    let sources = mounts.iter().map(|mount| open_source(mount, share_directory)).collect::<Result<Vec<_>>>()?;
     let files = files::stage(&container.files)?;
     let disk_numbers = devices::disk_numbers(&container.devices)?;
     enter_root()?;
-    for (mount, source) in container.mounts.iter().zip(sources) {
+    for (mount, source) in mounts.iter().zip(sources) {
         attach(mount, source).map_err(|mut failure| {
             failure.message = format!("mounting on {}: {}", mount.destination, failure.message);
             failure
         })?;
     }
-    devices::make(&container.devices, &disk_numbers)?;
+    if spare.is_none() {
+        devices::make(&container.devices, &disk_numbers)?;
+    }
     files::put(&container.files, files)
 }
 
 /// Does what has to come last, because it takes away the right to write.
-pub(crate) fn close_off(container: &Container) -> Result<()> {
-    for (name, value) in &container.sysctl {
-        set_sysctl(name, value)?;
+pub(crate) fn close_off(container: &Container, was_spare: bool) -> Result<()> {
+    if !was_spare {
+        container.sysctl.iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
+        container.readonly_paths.iter().try_for_each(|path| make_read_only(path))?;
+        mask(&container.masked_paths)?;
     }
-    for path in &container.readonly_paths {
-        make_read_only(path)?;
-    }
-    mask(&container.masked_paths)?;
     let readonly = match &container.root {
         Root::Layers { readonly, .. } | Root::Share { readonly, .. } => *readonly,
     };

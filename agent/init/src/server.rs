@@ -2,7 +2,7 @@
 //! [`streams`](crate::streams) bound.
 use crate::{
     cgroup,
-    container::Container,
+    container::{Container, Spare},
     control::{Control, Ended},
     error::{Context, Result, error},
     processes::Entry,
@@ -136,6 +136,7 @@ pub struct Server {
     control: Option<Control>,
     doorbell: Option<OwnedFd>,
     pub(crate) containers: Slab<Container>,
+    pub(crate) spare: Option<Spare>,
     pub(crate) processes: Slab<Entry>,
     pub(crate) pumps: Slab<ProcessPump>,
     /// Pumps that have more to do.
@@ -162,6 +163,7 @@ impl Server {
             control: None,
             doorbell: None,
             containers: Slab::new(),
+            spare: None,
             processes: Slab::new(),
             pumps: Slab::new(),
             busy: Vec::new(),
@@ -298,7 +300,8 @@ impl Server {
                 return Err(error(ErrorKind::Version, message));
             }
             _ if !greeted => return Err(error(ErrorKind::State, "the first request has to be Hello")),
-            Request::Prepare => return self.prepare(),
+            Request::Prepare => {}
+            Request::PrepareContainer(sample) => self.prepare_container(sample)?,
             Request::CreateSandbox(sandbox) => {
                 if self.machine.is_own {
                     sandbox::make_own(&sandbox)?;

@@ -396,3 +396,37 @@ fn requests_out_of_order_are_refused() {
     let before_hello = host.ask(Request::Processes { container: missing() });
     assert_eq!(before_hello.unwrap_err().kind, ErrorKind::State);
 }
+
+#[test]
+fn a_prepared_container_is_like_any_other() {
+    let mut host = Host::new();
+    let sample = || {
+        let mut sample = shell(
+            "id -u; hostname; cat; cat /link/x; echo no > /proc/sys/kernel/hostname || echo ro; stat -c %a /dev/shm",
+        );
+        sample.readonly_paths = vec!["/proc/sys".into()];
+        sample.masked_paths = vec!["/proc/kcore".into()];
+        sample
+    };
+    assert_eq!(host.ask(Request::PrepareContainer(Box::new(sample()))), Ok(Reply::Done));
+    // One that is not like it, then one that is, then another one.
+    for number in 0..3 {
+        let mut wanted = sample();
+        if number == 0 {
+            wanted.masked_paths.clear();
+        }
+        wanted.hostname = format!("h{number}");
+        wanted.process.as_mut().unwrap().user = User::Name("web".into());
+        wanted.process.as_mut().unwrap().capabilities = Capabilities::default();
+        wanted.files.push(FileToWrite { path: "/link/x".into(), content: "file\n".into(), mode: 0o644, bind: true });
+        let [mut stdin, stdout, _stderr] = host.start("c", wanted);
+        stdin.write_all(b"input\n").unwrap();
+        drop(stdin);
+        assert_eq!(read(stdout), format!("33\nh{number}\ninput\nfile\nro\n1777\n"));
+        assert_eq!(host.exit_of(""), ExitStatus::Code(0));
+        assert_eq!(host.ask(Request::Remove { container: "c".into() }), Ok(Reply::Done));
+    }
+    let mut unfit = sample();
+    unfit.masked_paths.push("/etc/passwd".into());
+    assert_eq!(host.ask(Request::PrepareContainer(Box::new(unfit))).unwrap_err().kind, ErrorKind::Invalid);
+}

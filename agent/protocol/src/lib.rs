@@ -12,7 +12,7 @@ pub use frame::{Decoder, FrameError, MAX_MESSAGE_BYTES, encode};
 pub use message::*;
 
 /// The version of this protocol. Host and agent must agree on it exactly.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The guest's vsock port that the agent listens on for the host's control connection.
 pub const CONTROL_PORT: u32 = 1024;
 /// The guest's vsock port that the agent listens on for stdio streams.

@@ -119,6 +119,9 @@ pub enum Request {
     ConfigureNetwork(Network),
     /// Writes back, unmounts and powers off. No reply: the machine ends.
     Shutdown,
+    /// Prepare, and keep a container like this one half made, as far as that does not depend on its root, processes and limits. The next
+    /// container whose namespaces, devices, masked and read-only paths and first mounts are the same begins with it.
+    PrepareContainer(alloc::boxed::Box<Container>),
 }
 
 /// A positive answer.
