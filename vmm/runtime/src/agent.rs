@@ -227,6 +227,7 @@ fn name(request: &Request) -> &'static str {
     match request {
         Request::Hello { .. } => "Hello",
         Request::Prepare => "Prepare",
+        Request::PrepareContainer(_) => "PrepareContainer",
         Request::CreateSandbox(_) => "CreateSandbox",
         Request::CreateContainer(_) => "CreateContainer",
         Request::Start { .. } => "Start",

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_agent_protocol::Request;
+use caisson_agent_protocol::{self as agent, Request};
 use caisson_machine::{client::ClientError, config::KvmKind};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -26,6 +26,7 @@ use crate::{
     clock, container,
     paths::{At, PathError, Paths},
     sandbox::{Description, Sandbox, SandboxError, monitor_program},
+    spec::{self, Context, SpecError, image},
     state::{self, Shape, StateError},
     supervisor::timing::Timing,
 };
@@ -52,6 +53,9 @@ pub enum TemplateError {
     /// The agent did not prepare.
     #[error("the agent cannot prepare itself for a template")]
     Prepare(#[from] RequestError),
+    /// There is no example of a container.
+    #[error("cannot describe a container for the agent to prepare for")]
+    Spec(#[from] SpecError),
     /// The monitor did not write it.
     #[error("cannot write the template")]
     Snapshot(#[from] ClientError),
@@ -139,6 +143,23 @@ fn refuse_untrusted(path: &Path) -> Result<(), TemplateError> {
     Err(TemplateError::Untrusted(path.to_owned()))
 }
 
+/// A container as most are. The agent begins one like it before it knows of its root and process.
+fn typical() -> Result<agent::Container, SpecError> {
+    let options = image::Options { command: vec!["true".into()], ..image::Options::default() };
+    let (spec, _) = image::spec_for(None, &options)?;
+    let context = Context {
+        id: container::GUEST_ID,
+        root: agent::Root::Layers { lower: vec![0], upper: None, readonly: true },
+        user: None,
+        files: Vec::new(),
+        stdio: agent::Stdio::default(),
+        terminal: None,
+        bundle: Path::new("/"),
+        host_path: &mut |_| Err(SpecError::Missing("path of the host that could be in a template")),
+    };
+    Ok(agent::Container { process: None, ..spec::convert(&spec, context)? })
+}
+
 fn build(directory: &Path, assets: &Assets, kind: KvmKind, shape: Shape, key: &str) -> Result<(), TemplateError> {
     let began = Instant::now();
     let snapshot = directory.join("snapshot");
@@ -159,7 +180,7 @@ fn build(directory: &Path, assets: &Assets, kind: KvmKind, shape: Shape, key: &s
             hostname: String::new(),
         };
         let sandbox = Sandbox::start(&description, &mut Timing::default(), |_| {})?;
-        sandbox.agent().done(Request::Prepare, PREPARE_DEADLINE)?;
+        sandbox.agent().done(Request::PrepareContainer(Box::new(typical()?)), PREPARE_DEADLINE)?;
         let monitor = sandbox.disconnect();
         thread::sleep(SETTLE);
         monitor.pause(Instant::now() + SNAPSHOT_DEADLINE)?;
