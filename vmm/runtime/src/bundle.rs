@@ -2,12 +2,14 @@
 //!
 //! What can be done in a guest is translated to the agent's messages; what the host has to do (share a directory, join a network
 //! namespace, run a hook) is told apart. What cannot cross into a guest is refused with the reason, never ignored.
+mod features;
 mod mounts;
 mod process;
 mod resources;
 #[cfg(test)]
 mod tests;
 
+pub use features::{OCI_VERSION, example, features};
 pub use process::process;
 pub use resources::resources;
 

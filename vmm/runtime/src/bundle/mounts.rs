@@ -26,63 +26,50 @@ const I_VERSION: u64 = 1 << 23;
 const STRICTATIME: u64 = 1 << 24;
 const LAZYTIME: u64 = 1 << 25;
 
-/// What an option does to the flags.
+/// What an option does.
+#[derive(Debug, Clone, Copy)]
 enum Effect {
     Set(u64),
     Clear(u64),
     Propagation(u64),
+    /// It asks for nothing more: a bind is told by its type and an export holds what is mounted below it either way (so that rro is ro);
+    /// what lies below a new tmpfs is copied up by runc, and a root of an image has nothing there that a caller would miss.
     Nothing,
-    Refused(&'static str),
 }
+use Effect::{Clear, Nothing, Propagation, Set};
 
-fn effect(option: &str) -> Option<Effect> {
-    use Effect::{Clear, Nothing, Propagation, Refused, Set};
-    Some(match option {
-        // The whole export is read-only or not, submounts included: rro asks for no more than ro gives.
-        "ro" | "rro" => Set(RDONLY),
-        "rw" | "rrw" => Clear(RDONLY),
-        "nosuid" | "rnosuid" => Set(NOSUID),
-        "suid" | "rsuid" => Clear(NOSUID),
-        "nodev" | "rnodev" => Set(NODEV),
-        "dev" | "rdev" => Clear(NODEV),
-        "noexec" | "rnoexec" => Set(NOEXEC),
-        "exec" | "rexec" => Clear(NOEXEC),
-        "sync" => Set(SYNCHRONOUS),
-        "async" => Clear(SYNCHRONOUS),
-        "mand" => Set(MANDLOCK),
-        "nomand" => Clear(MANDLOCK),
-        "dirsync" => Set(DIRSYNC),
-        "nosymfollow" | "rnosymfollow" => Set(NOSYMFOLLOW),
-        "symfollow" | "rsymfollow" => Clear(NOSYMFOLLOW),
-        "noatime" | "rnoatime" => Set(NOATIME),
-        "atime" | "ratime" => Clear(NOATIME),
-        "nodiratime" | "rnodiratime" => Set(NODIRATIME),
-        "diratime" | "rdiratime" => Clear(NODIRATIME),
-        "relatime" | "rrelatime" => Set(RELATIME),
-        "norelatime" | "rnorelatime" => Clear(RELATIME),
-        "strictatime" | "rstrictatime" => Set(STRICTATIME),
-        "nostrictatime" | "rnostrictatime" => Clear(STRICTATIME),
-        "iversion" => Set(I_VERSION),
-        "noiversion" => Clear(I_VERSION),
-        "lazytime" => Set(LAZYTIME),
-        "nolazytime" => Clear(LAZYTIME),
-        "silent" => Set(SILENT),
-        "loud" => Clear(SILENT),
-        "private" => Propagation(PRIVATE),
-        "rprivate" => Propagation(PRIVATE | REC),
-        "slave" => Propagation(SLAVE),
-        "rslave" => Propagation(SLAVE | REC),
-        "shared" => Propagation(SHARED),
-        "rshared" => Propagation(SHARED | REC),
-        "unbindable" => Propagation(UNBINDABLE),
-        "runbindable" => Propagation(UNBINDABLE | REC),
-        // A bind is told by its type; an export holds what is mounted below it either way. remount and defaults ask for nothing.
-        "bind" | "rbind" | "defaults" | "remount" => Nothing,
-        // What lies below a new tmpfs is copied up by runc; a root of an image has nothing there that a caller would miss.
-        "tmpcopyup" => Nothing,
-        "idmap" | "ridmap" => Refused("id-mapped mounts are not supported yet"),
-        _ => return None,
-    })
+/// Every option that is not the file system's own, as runc and mount(8) have them.
+#[rustfmt::skip]
+const OPTIONS: &[(&str, Effect)] = &[
+    ("ro", Set(RDONLY)), ("rro", Set(RDONLY)), ("rw", Clear(RDONLY)), ("rrw", Clear(RDONLY)),
+    ("nosuid", Set(NOSUID)), ("rnosuid", Set(NOSUID)), ("suid", Clear(NOSUID)), ("rsuid", Clear(NOSUID)),
+    ("nodev", Set(NODEV)), ("rnodev", Set(NODEV)), ("dev", Clear(NODEV)), ("rdev", Clear(NODEV)),
+    ("noexec", Set(NOEXEC)), ("rnoexec", Set(NOEXEC)), ("exec", Clear(NOEXEC)), ("rexec", Clear(NOEXEC)),
+    ("sync", Set(SYNCHRONOUS)), ("async", Clear(SYNCHRONOUS)), ("mand", Set(MANDLOCK)), ("nomand", Clear(MANDLOCK)),
+    ("dirsync", Set(DIRSYNC)), ("nosymfollow", Set(NOSYMFOLLOW)), ("rnosymfollow", Set(NOSYMFOLLOW)),
+    ("symfollow", Clear(NOSYMFOLLOW)), ("rsymfollow", Clear(NOSYMFOLLOW)), ("noatime", Set(NOATIME)),
+    ("rnoatime", Set(NOATIME)), ("atime", Clear(NOATIME)), ("ratime", Clear(NOATIME)),
+    ("nodiratime", Set(NODIRATIME)), ("rnodiratime", Set(NODIRATIME)), ("diratime", Clear(NODIRATIME)),
+    ("rdiratime", Clear(NODIRATIME)), ("relatime", Set(RELATIME)), ("rrelatime", Set(RELATIME)),
+    ("norelatime", Clear(RELATIME)), ("rnorelatime", Clear(RELATIME)), ("strictatime", Set(STRICTATIME)),
+    ("rstrictatime", Set(STRICTATIME)), ("nostrictatime", Clear(STRICTATIME)),
+    ("rnostrictatime", Clear(STRICTATIME)), ("iversion", Set(I_VERSION)), ("noiversion", Clear(I_VERSION)),
+    ("lazytime", Set(LAZYTIME)), ("nolazytime", Clear(LAZYTIME)), ("silent", Set(SILENT)), ("loud", Clear(SILENT)),
+    ("private", Propagation(PRIVATE)), ("rprivate", Propagation(PRIVATE | REC)), ("slave", Propagation(SLAVE)),
+    ("rslave", Propagation(SLAVE | REC)), ("shared", Propagation(SHARED)), ("rshared", Propagation(SHARED | REC)),
+    ("unbindable", Propagation(UNBINDABLE)), ("runbindable", Propagation(UNBINDABLE | REC)), ("bind", Nothing),
+    ("rbind", Nothing), ("defaults", Nothing), ("remount", Nothing), ("tmpcopyup", Nothing),
+];
+
+/// Options that a guest cannot honour.
+const REFUSED: &[(&str, &str)] =
+    &[("idmap", "id-mapped mounts are not supported yet"), ("ridmap", "id-mapped mounts are not supported yet")];
+
+/// The options that are understood, sorted: for `features`.
+pub(crate) fn options() -> Vec<&'static str> {
+    let mut all: Vec<_> = OPTIONS.iter().map(|(option, _)| *option).collect();
+    all.sort_unstable();
+    all
 }
 
 /// Translates mounts; sources on the host become exports.
@@ -107,12 +94,14 @@ fn mount(bundle: &Path, of: &oci_spec::runtime::Mount, exports: &mut Vec<Export>
     let (mut flags, mut propagation, mut data, mut bind) = (0, Vec::new(), Vec::new(), false);
     for option in of.options().iter().flatten() {
         bind |= option == "bind" || option == "rbind";
-        match effect(option) {
-            Some(Effect::Set(flag)) => flags |= flag,
-            Some(Effect::Clear(flag)) => flags &= !flag,
-            Some(Effect::Propagation(flag)) => propagation.push(flag),
-            Some(Effect::Nothing) => {}
-            Some(Effect::Refused(reason)) => return Err(BundleError::refused(field, reason)),
+        if let Some((_, reason)) = REFUSED.iter().find(|(refused, _)| refused == option) {
+            return Err(BundleError::refused(field, *reason));
+        }
+        match OPTIONS.iter().find(|(known, _)| known == option).map(|(_, effect)| *effect) {
+            Some(Set(flag)) => flags |= flag,
+            Some(Clear(flag)) => flags &= !flag,
+            Some(Propagation(flag)) => propagation.push(flag),
+            Some(Nothing) => {}
             None => data.push(option.as_str()),
         }
     }

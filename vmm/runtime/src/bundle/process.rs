@@ -2,7 +2,7 @@
 use super::BundleError;
 use caisson_agent_protocol::{Capabilities, Process, Rlimit, Scheduler, TerminalSize, User};
 use oci_spec::runtime::{
-    Capability, IOPriorityClass, Linux, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
+    IOPriorityClass, Linux, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
     PosixRlimitType,
 };
 
@@ -56,7 +56,9 @@ pub fn process(of: &oci_spec::runtime::Process, linux: &Linux) -> Result<Process
 
 fn capabilities(of: &oci_spec::runtime::LinuxCapabilities) -> Capabilities {
     let mask = |set: &Option<oci_spec::runtime::Capabilities>| {
-        set.iter().flatten().fold(0, |mask, capability| mask | 1 << capability_number(*capability))
+        let names = set.iter().flatten().map(ToString::to_string);
+        let numbers = names.filter_map(|name| CAPABILITIES.iter().position(|known| *known == name));
+        numbers.fold(0, |mask, number| mask | 1 << number)
     };
     Capabilities {
         bounding: mask(of.bounding()),
@@ -67,53 +69,15 @@ fn capabilities(of: &oci_spec::runtime::LinuxCapabilities) -> Capabilities {
     }
 }
 
-/// A capability's number (include/uapi/linux/capability.h).
-pub(crate) fn capability_number(capability: Capability) -> u8 {
-    use Capability::*;
-    match capability {
-        Chown => 0,
-        DacOverride => 1,
-        DacReadSearch => 2,
-        Fowner => 3,
-        Fsetid => 4,
-        Kill => 5,
-        Setgid => 6,
-        Setuid => 7,
-        Setpcap => 8,
-        LinuxImmutable => 9,
-        NetBindService => 10,
-        NetBroadcast => 11,
-        NetAdmin => 12,
-        NetRaw => 13,
-        IpcLock => 14,
-        IpcOwner => 15,
-        SysModule => 16,
-        SysRawio => 17,
-        SysChroot => 18,
-        SysPtrace => 19,
-        SysPacct => 20,
-        SysAdmin => 21,
-        SysBoot => 22,
-        SysNice => 23,
-        SysResource => 24,
-        SysTime => 25,
-        SysTtyConfig => 26,
-        Mknod => 27,
-        Lease => 28,
-        AuditWrite => 29,
-        AuditControl => 30,
-        Setfcap => 31,
-        MacOverride => 32,
-        MacAdmin => 33,
-        Syslog => 34,
-        WakeAlarm => 35,
-        BlockSuspend => 36,
-        AuditRead => 37,
-        Perfmon => 38,
-        Bpf => 39,
-        CheckpointRestore => 40,
-    }
-}
+/// The capabilities of Linux, each at its number (include/uapi/linux/capability.h), without `CAP_`.
+#[rustfmt::skip]
+pub(crate) const CAPABILITIES: &[&str] = &[
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO",
+    "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME",
+    "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
+    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+];
 
 fn rlimits(all: &[oci_spec::runtime::PosixRlimit]) -> Result<Vec<Rlimit>, BundleError> {
     let mut found: Vec<Rlimit> = Vec::new();

@@ -181,3 +181,17 @@ fn files_that_are_no_configuration_are_told_with_their_path() {
         assert!(error.to_string().starts_with("ociVersion"), "{version}: {error}");
     }
 }
+
+#[test]
+fn the_example_is_translated_and_the_features_are_what_the_specification_says() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir(directory.path().join("rootfs")).unwrap();
+    fs::write(directory.path().join("config.json"), super::example().to_string()).unwrap();
+    let container = Bundle::load(directory.path()).unwrap().translate("c", 0).unwrap().container;
+    assert_eq!(container.process.unwrap().capabilities.effective, 1 << 29 | 1 << 5 | 1 << 10);
+
+    let features: oci_spec::runtime::Features = serde_json::from_value(super::features()).unwrap();
+    assert_eq!(features.oci_version_max(), super::OCI_VERSION);
+    let capabilities = features.linux().as_ref().unwrap().capabilities().as_ref().unwrap();
+    assert_eq!(capabilities.len(), 41, "each name is one that the specification knows");
+}
