@@ -1,0 +1,117 @@
+//! In network namespaces of the test's own.
+use super::{Mirror, Netlink, enter};
+use std::{path::PathBuf, process::Command, thread};
+
+struct Namespace(String);
+
+impl Namespace {
+    fn new(name: &str) -> Self {
+        let namespace = Self(format!("caisson-test-{name}-{}", std::process::id()));
+        ip(&["netns", "add", &namespace.0]);
+        namespace
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.0)
+    }
+
+    fn ip(&self, arguments: &[&str]) {
+        let mut all = vec!["-n", &self.0];
+        all.extend(arguments);
+        ip(&all);
+    }
+
+    /// In a thread of its own, which is in the namespace.
+    fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
+        let path = self.path();
+        thread::scope(|scope| {
+            scope
+                .spawn(move || {
+                    enter(&path).unwrap();
+                    run()
+                })
+                .join()
+                .unwrap()
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(Command::new("ip").args(["netns", "del", &self.0]).status());
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let output = Command::new("ip").args(arguments).output().expect("iproute2 is installed");
+    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn what_an_engine_configured_is_mirrored() {
+    let namespace = Namespace::new("mirror");
+    namespace.ip(&["link", "add", "eth0", "address", "02:00:00:00:00:07", "type", "veth", "peer", "name", "peer0"]);
+    namespace.ip(&["link", "set", "eth0", "mtu", "1400", "up"]);
+    namespace.ip(&["addr", "add", "10.88.0.5/16", "dev", "eth0"]);
+    namespace.ip(&["addr", "add", "fd00::5/64", "dev", "eth0", "nodad"]);
+    namespace.ip(&["route", "add", "192.168.7.0/24", "dev", "eth0"]);
+    namespace.ip(&["route", "add", "default", "via", "10.88.0.1", "metric", "100"]);
+    let mirror = namespace.inside(|| Mirror::read().unwrap());
+    let [interface] = &mirror.network.interfaces[..] else { panic!("{mirror:?}") };
+    assert_eq!(interface.name, "eth0");
+    assert_eq!(interface.mac, [2, 0, 0, 0, 0, 7]);
+    assert_eq!(interface.mtu, 1400);
+    let mut v6 = vec![0; 16];
+    (v6[0], v6[15]) = (0xfd, 5);
+    assert_eq!(interface.addresses, [(vec![10, 88, 0, 5], 16), (v6, 64)]);
+    let routes: Vec<_> = mirror.network.routes.iter().map(|route| (route.destination.clone(), route.gateway.clone(), route.metric)).collect();
+    assert_eq!(
+        routes,
+        [((vec![192, 168, 7, 0], 24), None, None), ((vec![], 0), Some(vec![10, 88, 0, 1]), Some(100))]
+    );
+    assert!(mirror.network.routes.iter().all(|route| route.interface == "eth0"));
+}
+
+#[test]
+fn frames_go_from_the_interface_to_the_tap_and_back_and_all_is_undone() {
+    let namespace = Namespace::new("redirect");
+    namespace.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "peer0"]);
+    namespace.ip(&["link", "set", "eth0", "up"]);
+    namespace.ip(&["link", "set", "peer0", "up"]);
+    // Another veth stands for the tap: what is redirected to its one end comes out of the other.
+    namespace.ip(&["link", "add", "caisson0", "type", "veth", "peer", "name", "guest0"]);
+    namespace.ip(&["link", "set", "guest0", "up"]);
+    let filters = |interface: &str| {
+        let output = Command::new("tc").args(["-n", &namespace.0, "filter", "show", "dev", interface, "parent", "ffff:"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    namespace.inside(|| {
+        let mut netlink = Netlink::open().unwrap();
+        let links = netlink.links().unwrap();
+        let index = links.iter().find(|link| link.name == "eth0").unwrap().index;
+        let tap = netlink.index("caisson0").unwrap();
+        assert!(links.iter().all(|link| link.index != tap), "taps are not mirrored");
+        netlink.set_mtu(tap, 1300).unwrap();
+        netlink.set_up(tap).unwrap();
+        netlink.redirect(index, tap).unwrap();
+        netlink.redirect(index, tap).unwrap();
+        netlink.redirect(tap, index).unwrap();
+    });
+    assert!(filters("eth0").contains("Redirect to device caisson0"), "{}", filters("eth0"));
+    assert!(filters("caisson0").contains("Redirect to device eth0"), "{}", filters("caisson0"));
+
+    namespace.inside(|| {
+        let mut netlink = Netlink::open().unwrap();
+        let index = netlink.index("eth0").unwrap();
+        netlink.stop_redirecting(index).unwrap();
+        netlink.stop_redirecting(index).unwrap();
+        netlink.index("nothing0").unwrap_err();
+    });
+    assert!(!filters("eth0").contains("Redirect"));
+}
+
+#[test]
+fn a_file_that_is_no_namespace_is_refused_with_its_path() {
+    let error = enter(&PathBuf::from("/etc/passwd")).unwrap_err();
+    assert!(error.to_string().contains("/etc/passwd"), "{error}");
+}
