@@ -6,6 +6,8 @@
 //!
 //! Everything here is about the network namespace that the calling thread is in; the supervisor enters the container's before it has threads.
 mod netlink;
+pub mod networks;
+pub mod ports;
 #[cfg(test)]
 mod tests;
 

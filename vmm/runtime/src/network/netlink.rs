@@ -6,7 +6,7 @@ use netlink_packet_core::{
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
     tc::{
         TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute, TcFilterU32Option,
@@ -14,7 +14,7 @@ use netlink_packet_route::{
     },
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use std::{io, net::IpAddr};
+use std::{io, net::{IpAddr, Ipv4Addr}};
 
 /// A dump's datagrams are at most this long (the kernel's NLMSG_GOODSIZE limit is 32 KiB).
 const RECEIVE_BYTES: usize = 64 * 1024;
@@ -200,6 +200,34 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::Mtu(mtu));
         self.set("set an interface's MTU", message, index)
+    }
+
+    pub(crate) fn set_master(&mut self, index: u32, bridge: u32) -> Result<(), NetworkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Controller(bridge));
+        self.set("add an interface to a bridge", message, index)
+    }
+
+    pub(crate) fn add_bridge(&mut self, name: &str) -> Result<(), NetworkError> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::IfName(name.to_owned()), LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)])];
+        self.change(&format!("make the bridge {name}"), RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    pub(crate) fn add_address(&mut self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<(), NetworkError> {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.prefix_len = prefix;
+        message.header.index = index;
+        message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+        let what = format!("give an interface the address {address}");
+        self.change(&what, RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    pub(crate) fn delete(&mut self, index: u32) -> Result<(), NetworkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        self.change("remove an interface", RouteNetlinkMessage::DelLink(message), 0)
     }
 
     /// Sends whatever `from` receives out of `to` instead of up the host's stack.

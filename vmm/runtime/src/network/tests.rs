@@ -1,5 +1,8 @@
 //! In network namespaces of the test's own.
-use super::{Mirror, Netlink, enter};
+use super::{
+    Mirror, Netlink, enter,
+    networks::{DEFAULT, Networks, NetworksError},
+};
 use std::{path::PathBuf, process::Command, thread};
 
 struct Namespace(String);
@@ -114,4 +117,44 @@ fn frames_go_from_the_interface_to_the_tap_and_back_and_all_is_undone() {
 fn a_file_that_is_no_namespace_is_refused_with_its_path() {
     let error = enter(&PathBuf::from("/etc/passwd")).unwrap_err();
     assert!(error.to_string().contains("/etc/passwd"), "{error}");
+}
+
+#[test]
+fn networks_of_our_own_give_out_addresses_and_make_their_bridge() {
+    let namespace = Namespace::new("own");
+    let directory = tempfile::tempdir().unwrap();
+    let networks = Networks::open(directory.path());
+    let shown = |arguments: &[&str]| {
+        let output = Command::new("ip").args(["netns", "exec", &namespace.0]).args(arguments).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    namespace.inside(|| {
+        let one = networks.join(DEFAULT, "one", [2, 0, 0, 0, 0, 1]).unwrap();
+        let two = networks.join(DEFAULT, "two", [2, 0, 0, 0, 0, 2]).unwrap();
+        assert_eq!((one.address.octets(), two.address.octets()), ([10, 90, 0, 2], [10, 90, 0, 3]));
+        assert_eq!(one.network.routes[0].gateway, Some(vec![10, 90, 0, 1]));
+        assert!(matches!(networks.remove(DEFAULT), Err(NetworksError::InUse { .. })));
+        networks.leave("one").unwrap();
+        assert_eq!(networks.join(DEFAULT, "three", [2, 0, 0, 0, 0, 3]).unwrap().address, one.address);
+        assert_eq!(networks.create("other").unwrap().subnet.octets(), [10, 90, 1, 0]);
+        assert!(matches!(networks.create("other"), Err(NetworksError::Exists(_))));
+        assert!(matches!(networks.create("../x"), Err(NetworksError::Name(_))));
+        assert!(matches!(networks.join("missing", "c", [0; 6]), Err(NetworksError::NotFound(_))));
+    });
+    assert!(shown(&["ip", "-4", "addr", "show", "csn-default"]).contains("10.90.0.1/24"));
+    assert!(shown(&["nft", "list", "ruleset"]).contains("masquerade"));
+
+    // A tap, for which a veth stands, becomes a port of the bridge.
+    namespace.ip(&["link", "add", "cst-0-2", "type", "veth", "peer", "name", "guest0"]);
+    namespace.inside(|| networks.join(DEFAULT, "three", [0; 6]).unwrap().connect().unwrap());
+    assert!(shown(&["ip", "link", "show", "cst-0-2"]).contains("master csn-default"));
+
+    namespace.inside(|| {
+        networks.leave("two").unwrap();
+        networks.leave("three").unwrap();
+        networks.remove(DEFAULT).unwrap();
+        assert_eq!(networks.list().unwrap().len(), 1);
+    });
+    assert!(!shown(&["ip", "link"]).contains("csn-default"));
+    assert_eq!(shown(&["nft", "list", "ruleset"]), "");
 }
