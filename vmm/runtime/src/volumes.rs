@@ -24,7 +24,9 @@ const MAX_NAME_BYTES: usize = 128;
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// A name that cannot be one.
-    #[error("{0:?} is no volume name: it begins with a letter or digit, and goes on with those, '_', '.' and '-', up to {MAX_NAME_BYTES}")]
+    #[error(
+        "{0:?} is no volume name: it begins with a letter or digit, and goes on with those, '_', '.' and '-', up to {MAX_NAME_BYTES}"
+    )]
     Name(String),
     /// There is none of this name.
     #[error("there is no volume {0}; `caisson volume ls` lists them, `caisson volume create {0}` makes it")]
@@ -93,7 +95,9 @@ impl Volumes {
     fn check(name: &str) -> Result<(), VolumeError> {
         let mut bytes = name.bytes();
         let first = bytes.next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-        let ok = first && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) && name.len() <= MAX_NAME_BYTES;
+        let ok = first
+            && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+            && name.len() <= MAX_NAME_BYTES;
         if ok { Ok(()) } else { Err(VolumeError::Name(name.to_owned())) }
     }
 
@@ -135,7 +139,9 @@ impl Volumes {
         Self::check(name)?;
         let path = self.directory.join(name).join("volume.json");
         let json = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(VolumeError::NotFound(name.to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(VolumeError::NotFound(name.to_owned()));
+            }
             other => other.map_err(file("read", &path))?,
         };
         serde_json::from_slice(&json).map_err(|error| file("read", &path)(error.into()))
@@ -172,9 +178,10 @@ impl Volumes {
             if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
         match flock(&lock, operation) {
             Ok(()) => Ok(Attached { image, read_only, _lock: lock }),
-            Err(rustix::io::Errno::WOULDBLOCK) if read_only => {
-                Err(VolumeError::InUse(name.to_owned(), "a container writes to it; it can be read by others when that has ended"))
-            }
+            Err(rustix::io::Errno::WOULDBLOCK) if read_only => Err(VolumeError::InUse(
+                name.to_owned(),
+                "a container writes to it; it can be read by others when that has ended",
+            )),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(VolumeError::InUse(
                 name.to_owned(),
                 "another container has it; one can write to it at a time (`:ro` lets many read it)",

@@ -2,8 +2,7 @@
 use super::BundleError;
 use caisson_agent_protocol::{Capabilities, Process, Rlimit, Scheduler, TerminalSize, User};
 use oci_spec::runtime::{
-    IOPriorityClass, Linux, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
-    PosixRlimitType,
+    IOPriorityClass, Linux, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType,
 };
 
 /// Translates a process of a container with this `linux` section (which holds its filter and personality).

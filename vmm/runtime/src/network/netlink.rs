@@ -1,7 +1,8 @@
 //! The few rtnetlink(7) requests that are needed.
 use super::NetworkError;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -9,12 +10,16 @@ use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
     tc::{
-        TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute, TcFilterU32Option,
-        TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption, TcU32Key, TcU32Selector, TcU32SelectorFlags,
+        TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
+        TcFilterU32Option, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption, TcU32Key, TcU32Selector,
+        TcU32SelectorFlags,
     },
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use std::{io, net::{IpAddr, Ipv4Addr}};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+};
 
 /// A dump's datagrams are at most this long (the kernel's NLMSG_GOODSIZE limit is 32 KiB).
 const RECEIVE_BYTES: usize = 64 * 1024;
@@ -60,7 +65,12 @@ impl Netlink {
     }
 
     /// Sends one request and reads to the end of its answer.
-    fn request(&mut self, what: &str, message: RouteNetlinkMessage, flags: u16) -> Result<Vec<RouteNetlinkMessage>, NetworkError> {
+    fn request(
+        &mut self,
+        what: &str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Vec<RouteNetlinkMessage>, NetworkError> {
         let failed = |source| NetworkError::Netlink { what: what.to_owned(), source };
         self.sequence += 1;
         let mut header = NetlinkHeader::default();
@@ -102,7 +112,8 @@ impl Netlink {
 
     /// The Ethernet interfaces that are up, taps of ours aside.
     pub(crate) fn links(&mut self) -> Result<Vec<Link>, NetworkError> {
-        let answers = self.request("list interfaces", RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
+        let answers =
+            self.request("list interfaces", RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
         let mut links = Vec::new();
         for answer in answers {
             let RouteNetlinkMessage::NewLink(link) = answer else { continue };
@@ -127,11 +138,13 @@ impl Netlink {
 
     /// The addresses of an interface, those of IPv6's link scope aside: the guest makes them from the same MAC.
     pub(crate) fn addresses(&mut self, index: u32) -> Result<Vec<(Vec<u8>, u8)>, NetworkError> {
-        let answers = self.request("list addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
+        let answers =
+            self.request("list addresses", RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
         let mut addresses = Vec::new();
         for answer in answers {
             let RouteNetlinkMessage::NewAddress(message) = answer else { continue };
-            let link_scope = message.header.family == AddressFamily::Inet6 && message.header.scope == AddressScope::Link;
+            let link_scope =
+                message.header.family == AddressFamily::Inet6 && message.header.scope == AddressScope::Link;
             if message.header.index != index || link_scope {
                 continue;
             }
@@ -210,8 +223,15 @@ impl Netlink {
 
     pub(crate) fn add_bridge(&mut self, name: &str) -> Result<(), NetworkError> {
         let mut message = LinkMessage::default();
-        message.attributes = vec![LinkAttribute::IfName(name.to_owned()), LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)])];
-        self.change(&format!("make the bridge {name}"), RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+        message.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
+        ];
+        self.change(
+            &format!("make the bridge {name}"),
+            RouteNetlinkMessage::NewLink(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
     }
 
     pub(crate) fn add_address(&mut self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<(), NetworkError> {
@@ -236,7 +256,11 @@ impl Netlink {
         queue.header.parent = TcHandle::INGRESS;
         queue.header.handle = TcHandle { major: 0xffff, minor: 0 };
         queue.attributes.push(TcAttribute::Kind("ingress".into()));
-        match self.change("receive for a guest", RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_EXCL) {
+        match self.change(
+            "receive for a guest",
+            RouteNetlinkMessage::NewQueueDiscipline(queue),
+            NLM_F_CREATE | NLM_F_EXCL,
+        ) {
             // The bandwidth plug-in may have made one: our filter joins it.
             Err(NetworkError::Netlink { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
             other => other?,
@@ -268,7 +292,11 @@ impl Netlink {
                 TcOption::U32(TcFilterU32Option::Action(vec![action])),
             ]),
         ];
-        self.change("redirect an interface's frames", RouteNetlinkMessage::NewTrafficFilter(filter), NLM_F_CREATE | NLM_F_REPLACE)
+        self.change(
+            "redirect an interface's frames",
+            RouteNetlinkMessage::NewTrafficFilter(filter),
+            NLM_F_CREATE | NLM_F_REPLACE,
+        )
     }
 
     /// Undoes [`redirect`](Self::redirect); that there is nothing to undo is no error.
@@ -278,7 +306,8 @@ impl Netlink {
         queue.header.handle = TcHandle { major: 0xffff, minor: 0 };
         match self.change("stop redirecting an interface's frames", RouteNetlinkMessage::DelQueueDiscipline(queue), 0) {
             Err(NetworkError::Netlink { source, .. })
-                if source.kind() == io::ErrorKind::NotFound || matches!(source.raw_os_error(), Some(libc::ENODEV | libc::EINVAL)) =>
+                if source.kind() == io::ErrorKind::NotFound
+                    || matches!(source.raw_os_error(), Some(libc::ENODEV | libc::EINVAL)) =>
             {
                 Ok(())
             }

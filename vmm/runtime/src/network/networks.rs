@@ -30,7 +30,9 @@ const LAST_HOST: u8 = 254;
 #[derive(Debug, thiserror::Error)]
 pub enum NetworksError {
     /// A name that cannot be one.
-    #[error("{0:?} is no network name: it begins with a letter, and goes on with letters, digits and '-', up to {MAX_NAME_BYTES}")]
+    #[error(
+        "{0:?} is no network name: it begins with a letter, and goes on with letters, digits and '-', up to {MAX_NAME_BYTES}"
+    )]
     Name(String),
     /// There is none of this name.
     #[error("there is no network {0}; `caisson network ls` lists them, `caisson network create {0}` makes it")]
@@ -63,7 +65,9 @@ pub enum NetworksError {
     #[error(transparent)]
     Kernel(#[from] NetworkError),
     /// nft refuses, or is not there.
-    #[error("cannot set up address translation for network {name}: {reason} (nft comes with Debian's package nftables)")]
+    #[error(
+        "cannot set up address translation for network {name}: {reason} (nft comes with Debian's package nftables)"
+    )]
     Firewall {
         /// Which network.
         name: String,
@@ -144,12 +148,16 @@ impl Networks {
     fn check(name: &str) -> Result<(), NetworksError> {
         let mut bytes = name.bytes();
         let first = bytes.next().is_some_and(|byte| byte.is_ascii_alphabetic());
-        let ok = first && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') && name.len() <= MAX_NAME_BYTES;
+        let ok =
+            first && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') && name.len() <= MAX_NAME_BYTES;
         if ok { Ok(()) } else { Err(NetworksError::Name(name.to_owned())) }
     }
 
     /// All descriptions are one file, so that one lock orders everything.
-    fn with<T>(&self, change: impl FnOnce(&mut Vec<Described>) -> Result<T, NetworksError>) -> Result<T, NetworksError> {
+    fn with<T>(
+        &self,
+        change: impl FnOnce(&mut Vec<Described>) -> Result<T, NetworksError>,
+    ) -> Result<T, NetworksError> {
         fs::create_dir_all(&self.directory).map_err(file("make the directory", &self.directory))?;
         let path = self.directory.join("networks.json");
         let lock = self.directory.join("lock");
@@ -166,7 +174,8 @@ impl Networks {
         let before = all.clone();
         let result = change(&mut all)?;
         if all != before {
-            let mut aside = tempfile::NamedTempFile::new_in(&self.directory).map_err(file("write in", &self.directory))?;
+            let mut aside =
+                tempfile::NamedTempFile::new_in(&self.directory).map_err(file("write in", &self.directory))?;
             let json = serde_json::to_vec_pretty(&all).map_err(|error| file("write", &path)(error.into()))?;
             aside.write_all(&json).and_then(|()| aside.rewind()).map_err(file("write", &path))?;
             aside.persist(&path).map_err(|error| file("write", &path)(error.error))?;
@@ -181,7 +190,9 @@ impl Networks {
 
     /// One network.
     pub fn inspect(&self, name: &str) -> Result<Described, NetworksError> {
-        self.with(|all| all.iter().find(|one| one.name == name).cloned().ok_or_else(|| NetworksError::NotFound(name.to_owned())))
+        self.with(|all| {
+            all.iter().find(|one| one.name == name).cloned().ok_or_else(|| NetworksError::NotFound(name.to_owned()))
+        })
     }
 
     /// Makes a network. Its bridge is made when the first container joins.
@@ -193,7 +204,8 @@ impl Networks {
     /// Removes a network that nobody is in, and its bridge.
     pub fn remove(&self, name: &str) -> Result<(), NetworksError> {
         self.with(|all| {
-            let at = all.iter().position(|one| one.name == name).ok_or_else(|| NetworksError::NotFound(name.to_owned()))?;
+            let at =
+                all.iter().position(|one| one.name == name).ok_or_else(|| NetworksError::NotFound(name.to_owned()))?;
             if !all[at].containers.is_empty() {
                 let containers = all[at].containers.keys().cloned().collect::<Vec<_>>().join(", ");
                 return Err(NetworksError::InUse { name: name.to_owned(), containers });
@@ -215,8 +227,10 @@ impl Networks {
             if name == DEFAULT && !all.iter().any(|one| one.name == name) {
                 create(all, name)?;
             }
-            let one = all.iter_mut().find(|one| one.name == name).ok_or_else(|| NetworksError::NotFound(name.to_owned()))?;
-            let taken: Vec<Ipv4Addr> = one.containers.iter().filter(|(id, _)| *id != container).map(|(_, address)| *address).collect();
+            let one =
+                all.iter_mut().find(|one| one.name == name).ok_or_else(|| NetworksError::NotFound(name.to_owned()))?;
+            let taken: Vec<Ipv4Addr> =
+                one.containers.iter().filter(|(id, _)| *id != container).map(|(_, address)| *address).collect();
             let free = (2..=LAST_HOST).map(|number| one.host(number)).find(|address| !taken.contains(address));
             let address = free.ok_or_else(|| NetworksError::Full(name.to_owned()))?;
             one.containers.insert(container.to_owned(), address);
@@ -224,9 +238,11 @@ impl Networks {
             Ok((one.clone(), address))
         })?;
         let [.., third, fourth] = address.octets();
-        let interface = Interface { mac, name: "eth0".into(), mtu: 1500, addresses: vec![(address.octets().to_vec(), PREFIX)] };
+        let interface =
+            Interface { mac, name: "eth0".into(), mtu: 1500, addresses: vec![(address.octets().to_vec(), PREFIX)] };
         let gateway = described.gateway().octets().to_vec();
-        let route = Route { destination: (Vec::new(), 0), gateway: Some(gateway), interface: "eth0".into(), metric: None };
+        let route =
+            Route { destination: (Vec::new(), 0), gateway: Some(gateway), interface: "eth0".into(), metric: None };
         const { assert!(MAX_INTERFACES >= 1) };
         Ok(Place {
             tap: format!("cst-{third}-{fourth}"),
@@ -288,11 +304,20 @@ fn set_up(of: &Described) -> Result<(), NetworksError> {
 
 fn nft(name: &str, rules: &str) -> Result<(), NetworksError> {
     let failed = |reason: String| NetworksError::Firewall { name: name.to_owned(), reason };
-    let spawned = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let spawned = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
     let mut child = spawned.map_err(|error| failed(format!("nft: {error}")))?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(rules.as_bytes()).map_err(|error| failed(error.to_string()))?;
     }
     let output = child.wait_with_output().map_err(|error| failed(error.to_string()))?;
-    if output.status.success() { Ok(()) } else { Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())) }
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
 }

@@ -196,7 +196,8 @@ fn serve_udp(socket: &Arc<UdpSocket>, to: SocketAddr) {
 const SILENCE: Duration = Duration::from_secs(60);
 
 fn towards_guest(socket: &Arc<UdpSocket>, peer: SocketAddr, to: SocketAddr) -> io::Result<UdpSocket> {
-    let any: IpAddr = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
+    let any: IpAddr =
+        if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
     let towards = UdpSocket::bind(SocketAddr::new(any, 0))?;
     towards.connect(to)?;
     towards.set_read_timeout(Some(SILENCE))?;
@@ -223,7 +224,9 @@ mod tests {
     #[test]
     fn ports_are_written_as_docker_has_them() {
         let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        let parse = |text: &str| text.parse::<Published>().map(|p| (p.host_address, p.host_port, p.container_port, p.transport));
+        let parse = |text: &str| {
+            text.parse::<Published>().map(|p| (p.host_address, p.host_port, p.container_port, p.transport))
+        };
         assert_eq!(parse("80").unwrap(), (any, 0, 80, Transport::Tcp));
         assert_eq!(parse("8080:80").unwrap(), (any, 8080, 80, Transport::Tcp));
         assert_eq!(parse("8080:80/tcp").unwrap(), (any, 8080, 80, Transport::Tcp));

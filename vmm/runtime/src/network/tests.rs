@@ -67,11 +67,13 @@ fn what_an_engine_configured_is_mirrored() {
     let mut v6 = vec![0; 16];
     (v6[0], v6[15]) = (0xfd, 5);
     assert_eq!(interface.addresses, [(vec![10, 88, 0, 5], 16), (v6, 64)]);
-    let routes: Vec<_> = mirror.network.routes.iter().map(|route| (route.destination.clone(), route.gateway.clone(), route.metric)).collect();
-    assert_eq!(
-        routes,
-        [((vec![192, 168, 7, 0], 24), None, None), ((vec![], 0), Some(vec![10, 88, 0, 1]), Some(100))]
-    );
+    let routes: Vec<_> = mirror
+        .network
+        .routes
+        .iter()
+        .map(|route| (route.destination.clone(), route.gateway.clone(), route.metric))
+        .collect();
+    assert_eq!(routes, [((vec![192, 168, 7, 0], 24), None, None), ((vec![], 0), Some(vec![10, 88, 0, 1]), Some(100))]);
     assert!(mirror.network.routes.iter().all(|route| route.interface == "eth0"));
 }
 
@@ -85,7 +87,10 @@ fn frames_go_from_the_interface_to_the_tap_and_back_and_all_is_undone() {
     namespace.ip(&["link", "add", "caisson0", "type", "veth", "peer", "name", "guest0"]);
     namespace.ip(&["link", "set", "guest0", "up"]);
     let filters = |interface: &str| {
-        let output = Command::new("tc").args(["-n", &namespace.0, "filter", "show", "dev", interface, "parent", "ffff:"]).output().unwrap();
+        let output = Command::new("tc")
+            .args(["-n", &namespace.0, "filter", "show", "dev", interface, "parent", "ffff:"])
+            .output()
+            .unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     namespace.inside(|| {
