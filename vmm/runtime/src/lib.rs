@@ -2,7 +2,6 @@
 pub mod agent;
 pub mod assets;
 pub mod builtin;
-pub mod bundle;
 pub mod clock;
 pub mod console;
 pub mod container;
