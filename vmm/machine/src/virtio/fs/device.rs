@@ -281,10 +281,8 @@ impl VirtioDevice for Fs {
         self.poller.take();
         self.turn(|device, running| {
             device.answer(running)?;
-            if !device.waits_to_send {
-                return Ok(Work::Done);
-            }
-            // There may be room for what was left in the queues.
+            // There may be room for what was left in the queues, also when the socket has just taken all and the
+            // device woke itself.
             let mut more = false;
             for index in 0..QUEUE_SIZES.len() {
                 more |= device.take(running, index)? == Work::More;
