@@ -53,6 +53,15 @@ pub(super) struct Mux {
     next_port: u32,
 }
 
+/// Any: the guest of a restored machine may not have closed its side yet of connections from before the snapshot, and
+/// must not take a new one for one of those.
+fn first_port() -> u32 {
+    let mut bytes = [0; 4];
+    // Without random numbers it is the first one.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::NONBLOCK);
+    FIRST_PORT | u32::from_le_bytes(bytes) & LAST_PORT
+}
+
 impl Mux {
     pub(super) fn new(guest_cid: u32, directory: &Path) -> io::Result<Self> {
         let poller = Poller::new()?;
@@ -68,7 +77,7 @@ impl Mux {
             ready: VecDeque::new(),
             refusals: VecDeque::new(),
             next_token: LISTENER + 1,
-            next_port: FIRST_PORT,
+            next_port: first_port(),
         })
     }
 
