@@ -4,6 +4,9 @@
 use caisson_tests::{Finished, Host, images};
 use std::collections::BTreeMap;
 
+/// The memory of every container here: machines of one shape share a template.
+const MEMORY: &str = "48m";
+
 /// A host with the busybox image, as `test`.
 fn host_with_busybox() -> Host {
     let host = Host::new();
@@ -14,7 +17,7 @@ fn host_with_busybox() -> Host {
 /// Runs a shell script in a throw-away container.
 #[track_caller]
 fn script(host: &Host, options: &[&str], script: &str) -> Finished {
-    let mut arguments = vec!["run", "--rm"];
+    let mut arguments = vec!["run", "--rm", "--memory", MEMORY];
     arguments.extend(options);
     arguments.extend(["test", "/bin/sh", "-c", script]);
     host.caisson(arguments)
@@ -32,7 +35,7 @@ fn the_program_sees_what_the_image_and_the_options_say() {
     let text = script(
         &host,
         &[
-            "--hostname", "diver", "-e", "DEPTH=20", "-e", "COLOUR=green", "--memory", "96m", "--cpus", "0.5",
+            "--hostname", "diver", "-e", "DEPTH=20", "-e", "COLOUR=green", "--memory", "48m", "--cpus", "0.5",
             "--pids-limit", "50",
         ],
         r#"echo "cwd=$(pwd)"; echo "env=$DEPTH $COLOUR $PATH $HOME"; echo "hostname=$(hostname)"; echo "id=$(id)"
@@ -73,7 +76,7 @@ fn the_program_sees_what_the_image_and_the_options_say() {
         ("line", "n"),
         ("sparse", "10000000"),
         ("dated", "981173106"),
-        ("memory", "100663296"),
+        ("memory", "50331648"),
         ("cpu", "50000 100000"),
         ("pids", "50"),
         ("nnp", "NoNewPrivs:1"),
@@ -106,11 +109,11 @@ fn exit_codes_are_the_programs_or_dockers() {
     script(&host, &[], "exit 3").failure(3);
     script(&host, &[], "kill -9 $$; exit 4").failure(4); // Nobody kills the first process of a namespace from within.
     script(&host, &["-u", "alice"], "id -un; id -Gn; kill -TERM $$; sleep 1; exit 5").failure(5);
-    let missing = host.caisson(["run", "--rm", "test", "/no/such/program"]).failure(127);
+    let missing = host.caisson(["run", "--rm", "--memory", MEMORY, "test", "/no/such/program"]).failure(127);
     assert!(missing.contains("/no/such/program"), "{missing}");
-    let directory = host.caisson(["run", "--rm", "test", "/etc"]).failure(126);
+    let directory = host.caisson(["run", "--rm", "--memory", MEMORY, "test", "/etc"]).failure(126);
     assert!(directory.contains("/etc"), "{directory}");
-    let unknown = host.caisson(["run", "--rm", "-u", "nobody-here", "test", "true"]).failure(126);
+    let unknown = host.caisson(["run", "--rm", "--memory", MEMORY, "-u", "nobody-here", "test", "true"]).failure(126);
     assert!(unknown.contains("nobody-here"), "{unknown}");
     assert_eq!(host.caisson(["ps", "-aq"]).success(), "");
 }
@@ -119,9 +122,8 @@ fn exit_codes_are_the_programs_or_dockers() {
 fn streams_are_binary_clean_and_end_each_on_its_own() {
     let host = host_with_busybox();
     let Some(_guest) = host.guest("run: streams are binary clean and end each on its own") else { return };
-    let input: Vec<u8> =
-        (0..1_000_000u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-    let echoed = host.caisson_with_input(["run", "--rm", "-i", "test", "cat"], &input);
+    let input: Vec<u8> = (0..100_000u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let echoed = host.caisson_with_input(["run", "--rm", "--memory", MEMORY, "-i", "test", "cat"], &input);
     assert_eq!(echoed.code(), 0, "{}", echoed.stderr);
     assert!(echoed.stdout == input, "{} of {} bytes came back", echoed.stdout.len(), input.len());
 
@@ -134,12 +136,12 @@ fn streams_are_binary_clean_and_end_each_on_its_own() {
 fn limits_hold_and_the_user_is_told() {
     let host = host_with_busybox();
     let Some(_guest) = host.guest("run: limits hold and the user is told") else { return };
-    let oom = script(&host, &["--memory", "32m"], "tail /dev/zero");
+    let oom = script(&host, &[], "tail /dev/zero");
     assert!(oom.stderr.contains("out of memory") || oom.stderr.contains("OOM"), "{}", oom.stderr);
     oom.failure(137);
     let full = script(
         &host,
-        &["--upper-size", "64m", "--pids-limit", "10"],
+        &["--disk", "64m", "--pids-limit", "10"],
         "dd if=/dev/zero of=/data/big bs=1M count=100 2>&1 | tail -n 1; df -m / | tail -n 1; \
          for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 5 & done",
     );

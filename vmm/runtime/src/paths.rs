@@ -4,11 +4,11 @@ use std::{env, io, path::PathBuf};
 /// The directories that this program uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Paths {
-    /// What must survive a reboot: images, layers, containers, volumes, templates. `CAISSON_STORE`, or /var/lib/caisson.
+    /// What must survive a reboot: images, layers, containers, volumes. `CAISSON_STORE`, or /var/lib/caisson.
     pub store: PathBuf,
     /// What must not: sockets and locks, and the state of engines' containers. `--root`, `CAISSON_ROOT`, or /run/caisson.
     pub run: PathBuf,
-    /// What can be made again: the guest kernel, the initramfs. `CAISSON_CACHE`, or ~/.cache/caisson.
+    /// What can be made again: the guest kernel, the initramfs, templates. `CAISSON_CACHE`, or ~/.cache/caisson.
     pub cache: PathBuf,
 }
 
@@ -33,9 +33,9 @@ impl Paths {
         self.store.join("containers")
     }
 
-    /// Templates.
+    /// Templates: nothing of anyone's is in them, so that every store can use them.
     pub fn templates(&self) -> PathBuf {
-        self.store.join("templates")
+        self.cache.join("templates")
     }
 }
 
