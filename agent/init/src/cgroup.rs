@@ -52,7 +52,7 @@ impl Root {
         mkdirat(&self.directory, &*name, Mode::from_raw_mode(0o755)).context(|| String::from("making a cgroup"))?;
         let directory =
             openat(&self.directory, &*name, DIRECTORY, Mode::empty()).context(|| String::from("opening a cgroup"))?;
-        Ok(Cgroup { directory, name, device_filter: None, device_rules: Vec::new() })
+        Ok(Cgroup { directory, name, enforced: None, loaded: None })
     }
 
     /// Removes a group whose processes have ended. Their last traces may take a moment to go.
@@ -77,9 +77,10 @@ pub(crate) fn sleep_ms(milliseconds: u32) {
 pub(crate) struct Cgroup {
     directory: OwnedFd,
     name: String,
-    device_filter: Option<OwnedFd>,
-    /// The rules that it enforces.
-    device_rules: Vec<DeviceRule>,
+    /// Device rules' program that is in force.
+    enforced: Option<OwnedFd>,
+    /// Device rules and their program that is not.
+    loaded: Option<(Vec<DeviceRule>, OwnedFd)>,
 }
 
 impl Cgroup {
@@ -88,7 +89,7 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// Sets limits.
+    /// Sets limits; not device rules.
     pub(crate) fn set(&mut self, resources: &Resources) -> Result<()> {
         let number = |value: u64| if value == u64::MAX { String::from("max") } else { value.to_string() };
         let numbers = [
@@ -122,11 +123,26 @@ impl Cgroup {
             }
             self.write(file, value)?;
         }
-        if !resources.devices.is_empty() && resources.devices != self.device_rules {
-            let filter = device_filter::load(&resources.devices)?;
-            device_filter::attach(self.directory(), filter.as_fd(), self.device_filter.as_ref().map(AsFd::as_fd))?;
-            self.device_filter = Some(filter);
-            self.device_rules.clone_from(&resources.devices);
+        Ok(())
+    }
+
+    /// Loads the program that enforces device rules, if there are any, without enforcing them yet.
+    pub(crate) fn load_device_rules(&mut self, rules: &[DeviceRule]) -> Result<()> {
+        if !rules.is_empty() && self.loaded.as_ref().is_none_or(|(loaded, _)| loaded != rules) {
+            self.loaded = Some((rules.to_vec(), device_filter::load(rules)?));
+        }
+        Ok(())
+    }
+
+    /// Enforces device rules, if there are any. They hold for the set-up of a container too, which opens disks: so they come after it.
+    pub(crate) fn enforce_device_rules(&mut self, rules: &[DeviceRule]) -> Result<()> {
+        if rules.is_empty() {
+            return Ok(());
+        }
+        self.load_device_rules(rules)?;
+        if let Some((_, filter)) = self.loaded.take() {
+            device_filter::attach(self.directory(), filter.as_fd(), self.enforced.as_ref().map(AsFd::as_fd))?;
+            self.enforced = Some(filter);
         }
         Ok(())
     }

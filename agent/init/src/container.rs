@@ -151,6 +151,12 @@ impl Server {
             let flags = Init::namespaces(&job.container);
             Ok((id, Child::spawn(job, flags, cgroup.as_ref().map(Cgroup::directory))?))
         });
+        let spawned = spawned.and_then(|(id, mut child)| {
+            if let Some(cgroup) = &mut cgroup {
+                cgroup.enforce_device_rules(&child.job().container.resources.devices)?;
+            }
+            Ok((id, child))
+        });
         let (id, mut child) = match spawned {
             Ok(spawned) => spawned,
             Err(failure) => {
@@ -200,8 +206,7 @@ impl Server {
         let agent = pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).context(doing)?;
         let mut cgroup = self.machine.cgroups.as_mut().map(cgroup::Root::make).transpose()?;
         if let Some(cgroup) = &mut cgroup {
-            let devices = sample.resources.devices.clone();
-            cgroup.set(&protocol::Resources { devices, ..protocol::Resources::default() })?;
+            cgroup.load_device_rules(&sample.resources.devices)?;
         }
         let flags = Init::namespaces(&sample);
         let job = Init {

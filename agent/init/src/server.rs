@@ -317,7 +317,11 @@ impl Server {
             Request::Start { container } => self.start(&container)?,
             Request::Signal { container, process, signal, all } => self.signal(&container, &process, signal, all)?,
             Request::Resize { container, process, size } => self.resize(&container, &process, size)?,
-            Request::Update { container, resources } => self.cgroup(&container)?.set(&resources)?,
+            Request::Update { container, resources } => {
+                let cgroup = self.cgroup(&container)?;
+                cgroup.set(&resources)?;
+                cgroup.enforce_device_rules(&resources.devices)?;
+            }
             Request::Pause { container } => self.pause(&container, true)?,
             Request::Resume { container } => self.pause(&container, false)?,
             Request::Stats { container } => return Ok(Reply::Stats(self.cgroup(&container)?.stats())),
