@@ -118,3 +118,14 @@ fn a_log_s_last_error_is_the_reason() {
     assert!(message["time"].as_str().unwrap().contains('T'));
     assert!(text(&output.stderr).contains("container does not exist"));
 }
+
+#[test]
+fn spec_writes_a_configuration_that_is_one() {
+    let home = tempfile::tempdir().unwrap();
+    let bundle = home.path().to_str().unwrap();
+    ok(home.path(), &["spec", "--bundle", bundle]);
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(home.path().join("config.json")).unwrap()).unwrap();
+    assert_eq!((config["process"]["args"][0].as_str(), config["root"]["readonly"].as_bool()), (Some("sh"), Some(true)));
+    assert!(fails(home.path(), &["spec", "--bundle", bundle], 1).contains("exists"));
+}

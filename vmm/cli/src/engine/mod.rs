@@ -63,7 +63,7 @@ struct Cli {
     #[arg(long, global = true)]
     systemd_cgroup: bool,
     /// Accepted for compatibility
-    #[arg(long, global = true, value_name = "VALUE")]
+    #[arg(long, global = true, value_name = "VALUE", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     rootless: Option<String>,
     /// Accepted for compatibility
     #[arg(long, global = true, value_name = "VALUE")]
@@ -214,6 +214,16 @@ mod tests {
 
     fn engine(line: &str) -> bool {
         is_engine(&line.split(' ').map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        for verb in ["spec", "state id", "create id", "run id", "exec id true", "ps id", "update id", "events id"] {
+            let line = format!("caisson {verb}");
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
     }
 
     #[test]

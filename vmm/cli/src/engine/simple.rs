@@ -35,9 +35,6 @@ pub(crate) struct SpecArguments {
     /// The bundle's directory
     #[arg(short, long, default_value = ".", value_name = "DIR")]
     bundle: PathBuf,
-    /// Accepted for compatibility
-    #[arg(long)]
-    rootless: bool,
 }
 
 pub(crate) fn start(arguments: &Named, context: &Context) -> anyhow::Result<u8> {
