@@ -20,6 +20,8 @@ const MEMORY_STEPS_MIB: [u32; 12] = [128, 192, 256, 384, 512, 768, 1024, 1536, 2
 pub const TEMPLATE_LAYERS: usize = 10;
 /// Writable disks of a template.
 pub const TEMPLATE_WRITABLE: usize = 2;
+/// The largest machine, in MiB: a multiple of what memory is rounded up to.
+const MAX_MEMORY_MIB: u32 = 512 * 1024;
 /// Layers that a machine can take.
 const MAX_LAYERS: usize = 14;
 
@@ -28,11 +30,12 @@ pub fn shape_for(memory_bytes: Option<u64>, cpus_milli: Option<u64>) -> Shape {
     let wanted = match memory_bytes {
         Some(bytes) => u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX).saturating_add(OVERHEAD_MIB),
         None => DEFAULT_MEMORY_MIB,
-    };
+    }
+    .min(MAX_MEMORY_MIB);
     let memory_mib =
         MEMORY_STEPS_MIB.into_iter().find(|step| *step >= wanted).unwrap_or_else(|| wanted.next_multiple_of(1024));
     let vcpus = cpus_milli.map_or(1, |milli| u8::try_from(milli.div_ceil(1000)).unwrap_or(32).clamp(1, 32));
-    Shape { memory_mib: memory_mib.min(512 * 1024), vcpus }
+    Shape { memory_mib, vcpus }
 }
 
 /// The disks of a container's machine, and the root that the agent makes of them.
