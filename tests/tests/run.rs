@@ -142,8 +142,8 @@ fn limits_hold_and_the_user_is_told() {
     oom.failure(137);
     let full = script(
         &host,
-        &["--disk", "64m", "--pids-limit", "10"],
-        "dd if=/dev/zero of=/data/big bs=1M count=100 2>&1 | tail -n 1; df -m / | tail -n 1; \
+        &["--disk", "24m", "--pids-limit", "10"],
+        "dd if=/dev/zero of=/data/big bs=1M count=30 2>&1 | tail -n 1; df -m / | tail -n 1; \
          for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 5 & done",
     );
     assert!(full.stderr.contains("can't fork") || full.stderr.contains("Resource temporarily unavailable"), "{full:?}");
