@@ -35,7 +35,7 @@ fn the_program_sees_what_the_image_and_the_options_say() {
     let text = script(
         &host,
         &[
-            "--hostname", "diver", "-e", "DEPTH=20", "-e", "COLOUR=green", "--cpus", "0.5",
+            "--hostname", "diver", "-e", "DEPTH=20", "-e", "COLOUR=green", "--cpus", "0.9",
             "--pids-limit", "50",
         ],
         r#"echo "cwd=$(pwd)"; echo "env=$DEPTH $COLOUR $PATH $HOME"; echo "hostname=$(hostname)"; echo "id=$(id)"
@@ -77,7 +77,7 @@ fn the_program_sees_what_the_image_and_the_options_say() {
         ("sparse", "10000000"),
         ("dated", "981173107"), // umoci rounds to seconds.
         ("memory", "50331648"),
-        ("cpu", "50000 100000"),
+        ("cpu", "90000 100000"),
         ("pids", "50"),
         ("nnp", "NoNewPrivs:1"),
         ("seccomp", "Seccomp:2"),
