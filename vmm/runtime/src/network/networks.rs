@@ -3,13 +3,13 @@
 //! Guests reach each other over the bridge, and the world through the host (masquerading, by `nft`). Published ports are forwarded by the
 //! supervisor ([`super::ports`]).
 use super::{MAX_INTERFACES, Netlink, NetworkError};
+use crate::state::{self, StateError};
 use caisson_agent_protocol::{Interface, Network, Route};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
-    io::{self, Read, Seek, Write},
+    fs::{self, File},
+    io::{self, Read, Write},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -61,6 +61,9 @@ pub enum NetworksError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The lock or the descriptions could not be handled.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The kernel refuses.
     #[error(transparent)]
     Kernel(#[from] NetworkError),
@@ -160,9 +163,7 @@ impl Networks {
     ) -> Result<T, NetworksError> {
         fs::create_dir_all(&self.directory).map_err(file("make the directory", &self.directory))?;
         let path = self.directory.join("networks.json");
-        let lock = self.directory.join("lock");
-        let lock = OpenOptions::new().create(true).append(true).open(&lock).map_err(file("open", &lock))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|error| file("lock", &path)(error.into()))?;
+        let _lock = state::lock_file(&self.directory.join("lock"))?;
         let mut all: Vec<Described> = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             other => {
@@ -174,11 +175,7 @@ impl Networks {
         let before = all.clone();
         let result = change(&mut all)?;
         if all != before {
-            let mut aside =
-                tempfile::NamedTempFile::new_in(&self.directory).map_err(file("write in", &self.directory))?;
-            let json = serde_json::to_vec_pretty(&all).map_err(|error| file("write", &path)(error.into()))?;
-            aside.write_all(&json).and_then(|()| aside.rewind()).map_err(file("write", &path))?;
-            aside.persist(&path).map_err(|error| file("write", &path)(error.error))?;
+            state::write(&path, &all)?;
         }
         Ok(result)
     }
